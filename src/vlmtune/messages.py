@@ -1,0 +1,436 @@
+"""A row of any data set becomes messages: the only file that knows how people write down their data.
+
+    row ── RowFormat.read ──> loose turns ── format_messages ──> messages
+
+A format says where the turns of a row are; ours are at the end of this file, a few lines each. What is true of every
+format happens once, in `format_messages`: names of roles, kinds of parts, pictures that go to their places, order of
+turns. A picture stays what it was (PIL image, path, URL, data URL or bytes); nothing is opened here.
+"""
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from vlmtune import plugins
+from vlmtune.errors import DatasetError
+
+Row = Mapping[str, Any]
+Message = dict[str, Any]
+Part = dict[str, Any]
+
+SYNONYMS = {"developer": "system", "human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
+ROLES = {"system": "system", "user": "user", "assistant": "assistant", **SYNONYMS}
+NOT_YET = ("tool_calls", "function_call", "reasoning", "reasoning_content", "thinking")  # refused, not silently lost
+TEXT_PARTS = ("text", "input_text", "output_text")
+IMAGE_PARTS = ("image", "image_url", "input_image")
+# where a picture stands in a part or in a datasets `Image` dict; bytes first, for then the path is only a name
+IMAGE_KEYS = ("bytes", "image", "image_url", "url", "path", "base64")
+IMAGE_COLUMNS = ("images", "image")
+
+# LLaVA writes "<image>\nWhat is this?": one newline belongs to the placeholder, the one after it or else the one before
+PLACEHOLDER = re.compile(r"<image>\n|\n<image>(?!\n)|<image>")
+TEMPLATE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+
+
+class Templates(NamedTuple):
+    """The texts that a row's columns are filled into."""
+
+    prompt: str | None
+    response: str | None
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """One way to write down a row.
+
+    `read(row, templates)` returns the turns, `{"role": ..., "content": ...}`, loosely: any role that `ROLES` knows, a
+    content that is text or a list of parts, `{"type": "image"}` for the row's next picture. It leaves the checks to
+    `format_messages`, which has seen to it that the columns are there.
+    """
+
+    name: str
+    read: Callable[[Row, Templates], Sequence[Any]]
+    columns: tuple[str, ...] = ()  # a row of this format has them: `auto` goes by that
+    answer: str | None = None  # one more, which may be missing where no answer is wanted
+    marked: bool = False  # `<image>` in a user's text stands for a picture, and every picture has one
+    templated: bool = False  # made from prompt= and response=
+
+    def wanted(self, prompt_only: bool) -> tuple[str, ...]:
+        return self.columns if prompt_only or self.answer is None else (*self.columns, self.answer)
+
+    def matches(self, row: Row, prompt_only: bool) -> bool:
+        wanted = self.wanted(prompt_only)
+        return bool(wanted) and not any(_is_null(row.get(column)) for column in wanted)
+
+
+def format_messages(
+    row: Row,
+    *,
+    format: str | RowFormat = "auto",
+    system: str | None = None,
+    prompt: str | None = None,
+    response: str | None = None,
+    images: str | Sequence[str] | None = None,
+    prompt_only: bool = False,
+) -> list[Message]:
+    """The conversation in a row, as messages in the shape of OpenAI and transformers.
+
+    Every content is a list of typed parts: `{"type": "text", "text": str}`, `{"type": "image", "image": picture}` (PIL
+    image, path, URL, data URL or bytes) and `{"type": "video", ...}` as it came. An optional system message comes
+    first, then user and assistant take turns; the user begins and the assistant has the last word.
+
+    - `format`: `columns`, `openai`, `sharegpt`, `alpaca`, `prompt_completion`, the name of an entry point in
+      `vlmtune.formats`, a `RowFormat`, or `auto`: `columns` where a template is given, else told from the columns.
+    - `prompt`, `response`: the templates of `columns`; `{name}` is replaced by that column's text.
+    - `system`: a template too, in every format, for rows that bring no system message of their own.
+    - `images`: a column of pictures or several; None takes `images` or `image` where the row has it, `[]` takes none.
+    - `prompt_only`: without the last answer, which need not be there: what a model is asked.
+
+    The row is not changed. Raises `DatasetError`, one sentence that says what was found and what was wanted.
+
+    >>> format_messages({"Product Name": "Kite", "image": "kite.jpg", "text": "It flies."},
+    ...                 prompt="Describe {Product Name}.", response="{text}")
+    [{'role': 'user', 'content': [{'type': 'image', 'image': 'kite.jpg'}, {'type': 'text', 'text': 'Describe Kite.'}]},
+     {'role': 'assistant', 'content': [{'type': 'text', 'text': 'It flies.'}]}]
+    """
+    if not isinstance(row, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  (a notebook passes anything)
+        raise DatasetError(f"a row is a mapping of columns to values, found {_kind(row)}.")
+    templates = Templates(prompt, None if prompt_only else response)
+    chosen = _choose(row, format, prompt is not None or response is not None, prompt_only)
+    try:
+        _check_columns(row, chosen, templates, prompt_only)
+        turns = [_turn(turn, number) for number, turn in enumerate(chosen.read(row, templates), 1)]
+        if prompt_only and turns and turns[-1]["role"] == "assistant":
+            turns.pop()
+        _check_order(turns, prompt_only)
+        messages = [_message(turn, number, chosen.marked) for number, turn in enumerate(turns, 1)]
+        _place_pictures(messages, _row_pictures(row, images), marked=chosen.marked)
+        _check_contents(messages)
+        return _with_system(messages, "" if system is None else _fill(system, row))
+    except DatasetError as error:
+        raise DatasetError(f"format {chosen.name!r}: {error}") from None
+
+
+# ---- the choice of a format
+
+
+def _choose(row: Row, format: str | RowFormat, has_template: bool, prompt_only: bool) -> RowFormat:
+    if isinstance(format, RowFormat):
+        return format
+    if format != "auto":
+        return _named(format)
+    if has_template:
+        return COLUMNS
+    ours = list(FORMATS.values())
+    theirs = [_named(name) for name in plugins.names(plugins.FORMATS) if name not in FORMATS]
+    found = [each for each in ours if each.matches(row, prompt_only=False)]
+    found = found or [each for each in ours + theirs if each.matches(row, prompt_only)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        several = " and ".join(each.name for each in found)
+        raise DatasetError(f"format 'auto': the row fits {several}, say which with format=; {_columns_of(row)}.")
+    wants = [f"{each.name} wants {', '.join(each.wanted(prompt_only))}" for each in ours + theirs if each.columns]
+    raise DatasetError(f"format 'auto': {_columns_of(row)}; {'; '.join(wants)}; columns wants prompt= and response=.")
+
+
+def _named(name: str) -> RowFormat:
+    if name in FORMATS:
+        return FORMATS[name]
+    known = sorted({"auto", *FORMATS, *plugins.names(plugins.FORMATS)})
+    if name not in known:
+        raise DatasetError(f"no format {name!r}, there is {', '.join(known)}.{plugins.did_you_mean(name, known)}")
+    found = plugins.load(plugins.FORMATS, name)
+    if not isinstance(found, RowFormat):
+        raise DatasetError(f"format {name!r}: its entry point is {_kind(found)}, wanted a RowFormat.")
+    return found
+
+
+def _check_columns(row: Row, chosen: RowFormat, templates: Templates, prompt_only: bool) -> None:
+    if chosen.templated and (templates.prompt is None or (templates.response is None and not prompt_only)):
+        missing = "prompt" if templates.prompt is None else "response"
+        raise DatasetError(f"{missing}= is not given, wanted a template such as '{{name of a column}}'.")
+    if not chosen.templated and templates != (None, None):
+        raise DatasetError("prompt= and response= are given, but this format's texts stand in the row itself.")
+    for column in chosen.wanted(prompt_only):
+        if _is_null(_column(row, column)):
+            raise DatasetError(f"column {column!r} is null; {_columns_of(row)}.")
+
+
+# ---- turns and parts
+
+
+def _turn(turn: Any, number: int) -> Message:
+    """A turn under its role's own name; its content as it came."""
+    if not isinstance(turn, Mapping):
+        raise DatasetError(f"turn {number} is {_kind(turn)}, wanted a mapping with a role and a content.")
+    role = turn.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise DatasetError(f"turn {number} has the role {_short(role)}, wanted system, user or assistant.")
+    for field in NOT_YET:
+        if turn.get(field):
+            raise DatasetError(f"turn {number} has {field!r}, which is not supported yet.")
+    return {"role": ROLES[role], "content": turn.get("content")}
+
+
+def _check_order(turns: Sequence[Message], prompt_only: bool) -> None:
+    roles = [turn["role"] for turn in turns]
+    first = int(roles[:1] == ["system"])
+    if not roles[first:]:
+        raise DatasetError("there is no user's turn, wanted a user's and an assistant's.")
+    for number, role in enumerate(roles[first:]):
+        wanted = ("user", "assistant")[number % 2]
+        if role != wanted:
+            hint = " (a system message comes first or not at all)" if role == "system" else ""
+            raise DatasetError(f"turn {first + number + 1} is the {role}'s, wanted the {wanted}'s{hint}.")
+    if roles[-1] != "assistant" and not prompt_only:
+        raise DatasetError(f"the last turn is the {roles[-1]}'s, wanted the assistant's: it is what is learnt.")
+
+
+def _message(turn: Message, number: int, marked: bool) -> Message:
+    role, content, where = turn["role"], turn["content"], f"turn {number} ({turn['role']})"
+    if content is None:
+        parts: list[Part] = []  # refused later, with the other empty ones
+    elif isinstance(content, str):
+        parts = _split(content) if marked and role == "user" else [{"type": "text", "text": content}]
+    elif _is_list(content):
+        parts = [_part(part, f"a part of {where}") for part in content]
+    else:
+        raise DatasetError(f"the content of {where} is {_kind(content)}, wanted text or a list of parts.")
+    return {"role": role, "content": parts}
+
+
+def _part(part: Any, where: str) -> Part:
+    if not isinstance(part, Mapping):
+        raise DatasetError(f"{where} is {_kind(part)}, wanted a mapping with a type.")
+    kind, text = part.get("type"), part.get("text")
+    if kind in TEXT_PARTS:
+        if not isinstance(text, str):
+            raise DatasetError(f"{where} has {_kind(text)} as its text, wanted text.")
+        return {"type": "text", "text": text}
+    if kind in IMAGE_PARTS:
+        found = list(_pictures({key: part.get(key) for key in IMAGE_KEYS}, where))
+        if len(found) > 1:
+            raise DatasetError(f"{where} has {len(found)} pictures, wanted one; each has a part of its own.")
+        return {"type": "image", "image": found[0]} if found else {"type": "image"}
+    if kind == "video":
+        return {key: _copy(value) for key, value in part.items() if value is not None}
+    wanted = ", ".join((*TEXT_PARTS, *IMAGE_PARTS))
+    raise DatasetError(f"{where} has the type {_short(kind)}, wanted {wanted} or video.")
+
+
+def _split(text: str) -> list[Part]:
+    """Text with `<image>` as parts: 'A<image>B' is text, an open place for a picture, text."""
+    first, *others = PLACEHOLDER.split(text)
+    parts: list[Part] = [{"type": "text", "text": first}]
+    for other in others:
+        parts += [{"type": "image"}, {"type": "text", "text": other}]
+    return parts
+
+
+def _check_contents(messages: Sequence[Message]) -> None:
+    for number, message in enumerate(messages, 1):
+        if message["role"] != "system" and not _says_something(message):
+            what = "the answer" if message["role"] == "assistant" else "the user's text"
+            raise DatasetError(f"{what} is empty in turn {number}.")
+        message["content"] = [part for part in message["content"] if part.get("text") != ""]
+
+
+def _says_something(message: Message) -> bool:
+    return any(part["type"] != "text" or part["text"].strip() for part in message["content"])
+
+
+def _with_system(messages: list[Message], default: str) -> list[Message]:
+    """The messages with the default for a system message that is missing or blank; a blank default is none."""
+    if messages[0]["role"] == "system":
+        if _says_something(messages[0]):
+            return messages
+        messages = messages[1:]
+    if not default.strip():
+        return messages
+    return [{"role": "system", "content": [{"type": "text", "text": default}]}, *messages]
+
+
+# ---- pictures
+
+
+def _row_pictures(row: Row, images: str | Sequence[str] | None) -> list[Any]:
+    if images is None:
+        images = [column for column in IMAGE_COLUMNS if list(_pictures(row.get(column), f"column {column!r}"))]
+        if len(images) > 1:
+            raise DatasetError("columns 'images' and 'image' both hold pictures, say which with images=.")
+    columns = [images] if isinstance(images, str) else images
+    return [picture for column in columns for picture in _pictures(_column(row, column), f"column {column!r}")]
+
+
+def _pictures(value: Any, where: str) -> Iterator[Any]:
+    """The pictures in a value of any shape, in order; none in null and in empty text."""
+    if _is_null(value):
+        return
+    if isinstance(value, str):
+        if value:
+            yield value
+    elif isinstance(value, bytes | bytearray):
+        yield bytes(value)
+    elif isinstance(value, os.PathLike):
+        yield os.fspath(value)
+    elif isinstance(value, Mapping):
+        key = next((key for key in IMAGE_KEYS if not _is_null(value.get(key))), "image")
+        found = value.get(key)
+        bare = key == "base64" and isinstance(found, str) and not found.startswith("data:")
+        yield from _pictures(f"data:image/*;base64,{found}" if bare else found, where)
+    elif _is_list(value):
+        for each in value:
+            yield from _pictures(each, where)
+    elif _is_pil(value):
+        yield value
+    else:
+        raise DatasetError(f"{where} holds {_kind(value)}, wanted a PIL image, path, URL, data URL or bytes.")
+
+
+def _place_pictures(messages: Sequence[Message], pictures: Sequence[Any], *, marked: bool) -> None:
+    """Fill the open places with the row's pictures, in order; without any place they open the first user's turn."""
+    images = [part for message in messages for part in message["content"] if part["type"] == "image"]
+    places = [part for part in images if "image" not in part]
+    if not images and not marked:
+        first = next(message for message in messages if message["role"] == "user")
+        places = [{"type": "image"} for _ in pictures]
+        first["content"][:0] = places
+    if len(places) != len(pictures):
+        hint = "; the turns have their own, images=[] leaves the row's alone" if images and not places else ""
+        raise DatasetError(f"{len(places)} <image> placeholders, {len(pictures)} pictures, wanted one for each{hint}.")
+    for place, picture in zip(places, pictures, strict=True):
+        place["image"] = picture
+
+
+# ---- templates and values
+
+
+def _fill(template: str, row: Row, *, required: bool = False) -> str:
+    """The template with each `{name}` replaced by that column's text; null is no text, an error where required."""
+    if template in row:
+        raise DatasetError(f"the template {template!r} is a column's name, wanted '{{{template}}}' for its text.")
+
+    def text(match: re.Match[str]) -> str:
+        found, name = match[0], match[1]
+        if found in ("{{", "}}"):
+            return found[0]
+        if name is None:
+            raise DatasetError(f"the template has a lone {found!r}, wanted {found * 2!r} for a brace that stays.")
+        value = _column(row, name, hint="; braces that stay are doubled")
+        if not (_is_null(value) or isinstance(value, str | int | float)):
+            raise DatasetError(f"column {name!r} holds {_kind(value)}, wanted text or a number for the template.")
+        filled = "" if _is_null(value) else str(value)
+        if required and not filled.strip():
+            raise DatasetError(f"the answer is empty: column {name!r} is {'blank' if value is filled else 'null'}.")
+        return filled
+
+    return TEMPLATE.sub(text, template)
+
+
+def _column(row: Row, name: str, hint: str = "") -> Any:
+    if name not in row:
+        near = plugins.did_you_mean(name, map(str, row))
+        raise DatasetError(f"column {name!r} is missing; {_columns_of(row)}{hint}.{near}")
+    return row[name]
+
+
+def _columns_of(row: Row) -> str:
+    names = [f"{name} (null)" if _is_null(value) else str(name) for name, value in row.items()]
+    return f"the row has {', '.join(names) or 'no columns'}"
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))  # pandas writes NaN for null
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
+
+
+def _is_pil(value: Any) -> bool:
+    from PIL import Image  # here, for only a value that is nothing else needs Pillow
+
+    return isinstance(value, Image.Image)
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copy(each) for key, each in value.items()}
+    return [_copy(each) for each in value] if _is_list(value) else value
+
+
+def _kind(value: Any) -> str:
+    return "null" if _is_null(value) else f"a value of type {type(value).__name__}"
+
+
+def _short(value: Any) -> str:
+    return repr(value) if len(repr(value)) < 60 else f"{repr(value)[:57]}..."
+
+
+# ---- the formats
+
+
+def _turns(row: Row, column: str) -> list[Any]:
+    """The turns in a column, `from` and `value` under the names `role` and `content`."""
+    if not _is_list(row[column]):
+        raise DatasetError(f"column {column!r} holds {_kind(row[column])}, wanted a list of turns.")
+    return [_renamed(turn) if isinstance(turn, Mapping) else turn for turn in row[column]]
+
+
+def _renamed(turn: Mapping[str, Any]) -> Message:
+    named = {"role": turn.get("from"), "content": turn.get("value")}
+    return named | {key: value for key, value in turn.items() if value is not None}
+
+
+def _text(row: Row, column: str) -> str:
+    value = row.get(column)
+    if not (_is_null(value) or isinstance(value, str)):
+        raise DatasetError(f"column {column!r} holds {_kind(value)}, wanted text.")
+    return value if isinstance(value, str) else ""
+
+
+def _read_columns(row: Row, templates: Templates) -> list[Message]:
+    parts = _split(templates.prompt or "")  # before the filling: a column's text cannot make a place for a picture
+    user = [{**part, "text": _fill(part["text"], row)} if "text" in part else part for part in parts]
+    turns: list[Message] = [{"role": "user", "content": user}]
+    if templates.response is not None:
+        turns.append({"role": "assistant", "content": _fill(templates.response, row, required=True)})
+    return turns
+
+
+def _read_alpaca(row: Row, templates: Templates) -> list[Message]:
+    task, extra = _text(row, "instruction"), _text(row, "input")
+    question = ALPACA_WITH_INPUT.format(task, extra) if extra else ALPACA_WITHOUT_INPUT.format(task)
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": row.get("output")}]
+
+
+def _read_prompt_completion(row: Row, templates: Templates) -> list[Any]:
+    turns: list[Any] = []
+    for column, role in (("prompt", "user"), ("completion", "assistant")):
+        value = row.get(column)
+        turns += [{"role": role, "content": value}] if value is None or isinstance(value, str) else _turns(row, column)
+    return turns
+
+
+# Stanford Alpaca's two prompts, letter by letter: https://github.com/tatsu-lab/stanford_alpaca#data-release
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{}\n\n### Input:\n{}\n\n### Response:"
+)
+ALPACA_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{}\n\n### Response:"
+)
+
+COLUMNS = RowFormat("columns", _read_columns, templated=True)
+OPENAI = RowFormat("openai", lambda row, _: _turns(row, "messages"), ("messages",))
+SHAREGPT = RowFormat("sharegpt", lambda row, _: _turns(row, "conversations"), ("conversations",), marked=True)
+ALPACA = RowFormat("alpaca", _read_alpaca, ("instruction",), answer="output")
+PROMPT_COMPLETION = RowFormat("prompt_completion", _read_prompt_completion, ("prompt",), answer="completion")
+FORMATS = {each.name: each for each in (COLUMNS, OPENAI, SHAREGPT, ALPACA, PROMPT_COMPLETION)}
