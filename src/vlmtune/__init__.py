@@ -1,0 +1,66 @@
+"""Fine-tune open vision-language models on one 24 GB GPU.
+
+    from vlmtune import finetune
+    run = finetune("recipes/qwen2vl_amazon.yaml")
+
+Names are imported when they are first used (PEP 562), so that `import vlmtune` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlmtune.collator import MultimodalCollator
+    from vlmtune.errors import DatasetError, ImageError, ModelError, OutputError, RecipeError, VlmtuneError
+    from vlmtune.families import Family
+    from vlmtune.merge import merge_adapter
+    from vlmtune.messages import format_messages
+    from vlmtune.model import load_model
+    from vlmtune.recipe import Recipe, load_recipe
+    from vlmtune.training import Run, finetune
+
+_HOMES = {
+    "DatasetError": "errors",
+    "Family": "families",
+    "ImageError": "errors",
+    "ModelError": "errors",
+    "MultimodalCollator": "collator",
+    "OutputError": "errors",
+    "Recipe": "recipe",
+    "RecipeError": "errors",
+    "Run": "training",
+    "VlmtuneError": "errors",
+    "finetune": "training",
+    "format_messages": "messages",
+    "load_model": "model",
+    "load_recipe": "recipe",
+    "merge_adapter": "merge",
+}
+
+__all__ = [
+    "DatasetError",
+    "Family",
+    "ImageError",
+    "ModelError",
+    "MultimodalCollator",
+    "OutputError",
+    "Recipe",
+    "RecipeError",
+    "Run",
+    "VlmtuneError",
+    "finetune",
+    "format_messages",
+    "load_model",
+    "load_recipe",
+    "merge_adapter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

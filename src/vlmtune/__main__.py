@@ -1,0 +1,13 @@
+"""`vlmtune run ...`, `vlmtune merge ...`: the verbs of `python -m vlmtune.<verb>` under one name."""
+
+from vlmtune import merge, run
+from vlmtune.console import command_line
+
+
+def main() -> None:
+    """The console script `vlmtune`."""
+    command_line(run=run.command, merge=merge.command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Pure tensor functions on a batch. What is trained on is decided here, and only here."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # torch's cross_entropy leaves these positions out
+
+
+def make_labels(
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    image_token_ids: Collection[int],
+    trained: Tensor | None = None,
+) -> Tensor:
+    """Token ids where the loss is taken, -100 elsewhere.
+
+    Padding is told by the attention mask, never by its id: a model whose pad token is its stop token still learns to stop.
+
+    Args:
+        input_ids: `[batch, seq]`.
+        attention_mask: `[batch, seq]`, 0 at padding.
+        image_token_ids: ids that stand for pictures or video; never trained on.
+        trained: `[batch, seq]`, true at the positions to train on; None trains on all text.
+
+    Returns:
+        `[batch, seq]`, int64.
+
+    Example:
+        ids `[7, 5, 5, 8, 9, 0]`, mask `[1, 1, 1, 1, 1, 0]`, image token 5, trained `[0, 0, 0, 0, 1, 0]`
+        → `[-100, -100, -100, -100, 9, -100]`; with `trained=None` → `[7, -100, -100, 8, 9, -100]`
+    """
+    keep = attention_mask.bool()
+    if trained is not None:
+        keep = keep & trained.bool()
+    if image_token_ids:
+        keep = keep & ~torch.isin(input_ids, torch.tensor(sorted(image_token_ids), device=input_ids.device))
+    return input_ids.masked_fill(~keep, IGNORE)
+
+
+def end_at_stop_token(trained: Tensor, is_special: Tensor) -> Tensor:
+    """The trained spans, each cut after its last special token: the stop token is in, what a template puts behind it is not.
+
+    Qwen2-VL's template ends a turn with `<|im_end|>` and a newline; generation ends at `<|im_end|>`, so that the newline is
+    never asked for. A span without any special token becomes empty, which the collator refuses.
+
+    Args:
+        trained: `[batch, seq]`, 1 inside the assistant turns.
+        is_special: `[batch, seq]`, true at special tokens.
+
+    Returns:
+        `[batch, seq]`, bool.
+
+    Example:
+        trained `[0, 1, 1, 1, 1, 0, 1, 1]`, special `[1, 0, 0, 1, 0, 1, 0, 1]` → `[0, 1, 1, 1, 0, 0, 1, 1]`
+    """
+    trained, ends = trained.bool(), torch.zeros_like(trained, dtype=torch.bool)
+    alive = torch.zeros_like(trained[:, 0], dtype=torch.bool)  # [batch]: a stop token lies at or right of this position
+    for position in range(trained.shape[1] - 1, -1, -1):
+        inside = trained[:, position]
+        alive = inside & (alive | is_special[:, position])
+        ends[:, position] = alive
+    return ends

@@ -1,0 +1,86 @@
+"""What a run shows while it goes on: a bar with the figures in the terminal, answers with pictures in TensorBoard."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.transforms.functional import pil_to_tensor
+from transformers import TrainerCallback
+
+from vlmtune import evaluation
+from vlmtune.collator import MultimodalCollator
+from vlmtune.console import console, progress
+
+SHOWN = {  # what the console shows of the trainer's log, in this order
+    "loss": ("loss", ".4f"),
+    "learning_rate": ("lr", ".2e"),
+    "mean_token_accuracy": ("token accuracy", ".1%"),
+    "tokens_per_second": ("tokens/s", ",.0f"),
+    "eval_loss": ("eval loss", ".4f"),
+    "eval_mean_token_accuracy": ("eval token accuracy", ".1%"),
+}
+
+
+class ProgressBar(TrainerCallback):
+    """One bar for the steps, and a line of figures whenever the trainer logs."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._bar = progress()
+        self._task = self._bar.add_task("Training", total=state.max_steps, completed=state.global_step, text="")
+        self._bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._bar.update(self._task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
+        figures = (
+            [f"{name} {logs[key]:{form}}" for key, (name, form) in SHOWN.items() if key in (logs or {})] if logs else []
+        )
+        if figures and state.is_world_process_zero:
+            console.print(
+                f"step {state.global_step:>5}  epoch {state.epoch or 0:.2f}  " + "  ".join(figures), highlight=False
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._bar.stop()
+
+
+class HeldOutAnswers(TrainerCallback):
+    """Puts the model's answers to a few held-out rows, with their pictures, into TensorBoard at every evaluation."""
+
+    def __init__(
+        self,
+        writer: SummaryWriter,
+        collator: MultimodalCollator,
+        samples: Sequence[Mapping[str, Any]],
+        options: Mapping[str, Any],
+    ) -> None:
+        self._writer, self._collator, self._samples, self._options = writer, collator, samples, options
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if not state.is_world_process_zero or not self._samples:
+            return
+        asked = [evaluation.question(sample) for sample in self._samples]
+        model = getattr(model, "module", model)  # without DistributedDataParallel
+        given = evaluation.answers(model, self._collator, asked, description="Held-out rows", **self._options)
+        for number, (sample, text) in enumerate(zip(self._samples, given, strict=True), 1):
+            markdown = f"**answer**\n\n{text}\n\n**expected**\n\n{evaluation.expected_answer(sample)}"
+            self._writer.add_text(f"held out/{number}", markdown, state.global_step)
+            for place, picture in enumerate(evaluation.thumbnails(sample), 1):
+                self._writer.add_image(f"held out/{number}, picture {place}", pil_to_tensor(picture), state.global_step)
+
+
+class Speed:
+    """Tokens a second between one call and the next."""
+
+    def __init__(self) -> None:
+        self._tokens, self._time = 0, time.perf_counter()
+
+    def __call__(self, tokens: int) -> float:
+        now = time.perf_counter()
+        rate = (tokens - self._tokens) / max(now - self._time, 1e-9)
+        self._tokens, self._time = tokens, now
+        return rate

@@ -1,0 +1,235 @@
+"""From rows to a batch: one call of the processor, then labels."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmtune.batch import IGNORE, end_at_stop_token, make_labels
+from vlmtune.errors import DatasetError, ImageError, ModelError
+from vlmtune.escape import Escape
+from vlmtune.families import Family, find_family
+from vlmtune.families.text import PLAIN
+from vlmtune.images import load_image
+
+Row = Mapping[str, Any]
+
+
+class MultimodalCollator:
+    """A batch that a model can be trained on, from rows `{"messages": [...]}`.
+
+    The batch holds what the processor returns and `labels`, all `[batch, seq, ...]` and right-padded. With
+    `train_on_inputs=False` the labels are the assistant's turns with their stop tokens and nothing else; with `True` they
+    are everything but padding and the tokens that stand for pictures.
+
+    Args:
+        processor: of a vision-language model, or the tokenizer of a language model.
+        family: a `Family`, the name of one, or None to tell it from the processor.
+        train_on_inputs: train on prompts too.
+        max_length: longest row, in tokens.
+
+    Raises:
+        ModelError: the chat template cannot tell answers from prompts, or trains no stop token.
+        DatasetError: a row that the processor refuses or that is longer than `max_length`; the message names it by the
+            row's `"name"`, or by its place in the batch.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        family: Family | str | None = None,
+        train_on_inputs: bool = False,
+        *,
+        max_length: int | None = None,
+    ) -> None:
+        self.processor = processor
+        self.family = find_family(family, processor=processor)
+        self.train_on_inputs = train_on_inputs
+        self.max_length = max_length
+        self.chat_template = training_template(processor, self.family, masked=not train_on_inputs)
+        self._image_token_ids = self.family.image_token_ids(processor)
+        if self.tokenizer.pad_token is None:  # safe: padding is told by the attention mask
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+
+    @property
+    def tokenizer(self) -> Any:
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        batch = self._encode(rows, trained=not self.train_on_inputs)
+        trained = batch.pop("assistant_masks", None)
+        if trained is not None:
+            trained = self._answers(batch["input_ids"], trained, rows)
+        batch["labels"] = make_labels(
+            batch["input_ids"], batch["attention_mask"], image_token_ids=self._image_token_ids, trained=trained
+        )
+        self._check_lengths(batch["attention_mask"], rows)
+        return batch
+
+    def prompts(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """What a model is given to answer: the rows without a last answer, left-padded, ready for `generate`."""
+        return self._encode(rows, add_generation_prompt=True, padding_side="left")
+
+    def length(self, row: Row) -> int:
+        """Tokens of a row, those of its pictures included."""
+        return int(self._encode([row])["attention_mask"].sum())
+
+    @cached_property
+    def stop_token_id(self) -> int:
+        """The token that ends an answer in the chat template: generation stops there."""
+        if not has_markers(self.chat_template):
+            return int(self.tokenizer.eos_token_id)
+        text = [{"type": "text", "text": "a"}]
+        row = {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]}
+        batch = self._encode([row], trained=True)
+        trained = self._answers(batch["input_ids"], batch["assistant_masks"], [row])
+        return int(batch["input_ids"][trained][-1])
+
+    def _encode(self, rows: Sequence[Row], **options: Any) -> dict[str, Tensor]:
+        """The processor's batch; where it refuses, the rows are tried one by one to name the one at fault."""
+        conversations = [self._with_pictures(row, place) for place, row in enumerate(rows, 1)]
+        try:
+            return self._process(conversations, **options)
+        except ModelError:
+            raise
+        except Exception as error:
+            for place, (row, conversation) in enumerate(zip(rows, conversations, strict=True), 1):
+                try:
+                    self._process([conversation], **options)
+                except Exception as own:
+                    reason = " ".join(str(own).split()) or type(own).__name__
+                    raise DatasetError(f"{_name(row, place)}: the model's processor refuses it: {reason}") from own
+            raise error
+
+    def _process(
+        self,
+        conversations: list[list[dict[str, Any]]],
+        *,
+        trained: bool = False,
+        add_generation_prompt: bool = False,
+        padding_side: str = "right",
+    ) -> dict[str, Tensor]:
+        escaped = any(self.escape.is_needed(messages) for messages in conversations)
+        processor = self.escape.processor if escaped else self.processor
+        if escaped:
+            conversations = [self.escape(messages) for messages in conversations]
+        batch = self.family.process(
+            processor,
+            [self._shape(messages) for messages in conversations],
+            chat_template=self.chat_template,
+            return_assistant_tokens_mask=trained,
+            add_generation_prompt=add_generation_prompt,
+            **self._padding(padding_side),
+        )
+        if escaped:
+            batch["input_ids"] = self.escape.restore(batch["input_ids"])
+        if trained:
+            batch["assistant_masks"] = torch.as_tensor(batch["assistant_masks"])
+        return batch
+
+    @cached_property
+    def escape(self) -> Escape:
+        return Escape(self.processor)
+
+    def _padding(self, side: str) -> dict[str, Any]:
+        if self.tokenizer is self.processor:
+            return {"padding": True, "tokenizer_kwargs": {"padding_side": side}}
+        return {"processor_kwargs": {"padding": True, "padding_side": side}}
+
+    def _with_pictures(self, row: Row, place: int) -> list[dict[str, Any]]:
+        """The row's messages, every picture decoded."""
+
+        def decoded(part: Mapping[str, Any]) -> dict[str, Any]:
+            if part["type"] != "image":
+                return dict(part)
+            if not self.family.takes_images:
+                raise DatasetError(f"{_name(row, place)} has a picture, and {self.family.name} models take none")
+            try:
+                return {"type": "image", "image": load_image(part["image"])}
+            except ImageError as error:
+                raise ImageError(f"{_name(row, place)}: {error}") from None
+
+        return [{**m, "content": [decoded(part) for part in m["content"]]} for m in row["messages"]]
+
+    def _shape(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The messages as the chat template wants them: templates of language models take plain texts."""
+        if self.tokenizer is not self.processor:
+            return messages
+        return [{**m, "content": "".join(part["text"] for part in m["content"])} for m in messages]
+
+    def _answers(self, input_ids: Tensor, assistant_mask: Tensor, rows: Sequence[Row]) -> Tensor:
+        """`[batch, seq]`, true on the answers and their stop tokens."""
+        special = torch.tensor(sorted(self.tokenizer.added_tokens_decoder), dtype=input_ids.dtype)
+        trained = end_at_stop_token(assistant_mask, torch.isin(input_ids, special))
+        for place, row in enumerate(rows):
+            if not trained[place].any():
+                raise ModelError(
+                    f"the chat template of {type(self.processor).__name__} trains no stop token in {_name(row, place + 1)}: "
+                    "its {% generation %} block should hold the answer and the token that ends it"
+                )
+        return trained
+
+    def _check_lengths(self, attention_mask: Tensor, rows: Sequence[Row]) -> None:
+        if self.max_length is None:
+            return
+        for place, (row, length) in enumerate(zip(rows, attention_mask.sum(1).tolist(), strict=True), 1):
+            if length > self.max_length:
+                raise DatasetError(
+                    f"{_name(row, place)} has {length} tokens and the limit is {self.max_length}: shorten it, lower "
+                    "images.max_pixels, raise train.max_length, or set `on_too_long: drop`"
+                )
+
+
+def training_template(processor: Any, family: Family, *, masked: bool = True) -> str:
+    """The chat template to train with; where `masked`, with `{% generation %}` markers around the answers.
+
+    In this order: the processor's own where it has markers; the family's; the one that TRL ships for the processor's own
+    (https://huggingface.co/docs/trl/chat_templates); for a text model that has no template at all, the plain texts; where
+    the loss is on prompts too, the processor's own without markers.
+
+    Raises:
+        ModelError: none of these.
+    """
+    own = processor.chat_template
+    own = own.get("default") if isinstance(own, dict) else own
+    if own and has_markers(own):
+        return own
+    found = family.chat_template or (own and _shipped_by_trl(own)) or (own if not masked else None)
+    if found:
+        return found
+    if own is None and not family.takes_images:
+        return PLAIN
+    kind = type(processor).__name__
+    if own is None:
+        raise ModelError(f"{kind} has no chat template: save one with the checkpoint's processor")
+    raise ModelError(
+        f"the chat template of {kind} has no {{% generation %}} markers, so that answers cannot be told from prompts: "
+        "save one that has them with the checkpoint's processor, or set `train_on_inputs: true`"
+    )
+
+
+def has_markers(chat_template: str) -> bool:
+    """Whether a template marks what the assistant says."""
+    return re.search(r"\{%-?\s*generation\s*-?%\}", chat_template) is not None
+
+
+def _shipped_by_trl(own: str) -> str | None:
+    """TRL's training template for a checkpoint's own. Read as files, for importing trl takes seconds."""
+    spec = importlib.util.find_spec("trl")
+    templates = Path(next(iter(spec.submodule_search_locations or []))) / "chat_templates" if spec else Path()
+    for training in templates.glob("*_training.jinja"):
+        original = training.with_name(training.name.replace("_training", ""))
+        if original.exists() and original.read_text(encoding="utf-8") == own:
+            return training.read_text(encoding="utf-8")
+    return None
+
+
+def _name(row: Row, place: int) -> str:
+    return str(row.get("name") or f"row {place} of the batch")

@@ -1,0 +1,223 @@
+"""Rows: where they come from, which are trained on and which are held out, and what is wrong with them.
+
+`load_data` opens a recipe's data as `Rows`, which make messages of a row when it is asked for: pictures are opened as late
+as possible, and a row keeps its number in the user's file, so that every error can name it.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from vlmtune.console import bar
+from vlmtune.errors import DatasetError
+from vlmtune.images import load_image
+from vlmtune.messages import format_messages
+from vlmtune.recipe import DataSection
+
+Row = Mapping[str, Any]
+READERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
+SHOWN = 5  # wrong rows that an error names
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one data set, as samples `{"messages": [...], "name": "row 17 of train.jsonl"}`.
+
+    Pictures are a path, URL, data URL, bytes or PIL image. Rows count from 1, as the lines of a file do.
+    """
+
+    content: Sequence[Row]  # a list, or a datasets.Dataset
+    source: str
+    root: Path  # relative paths of pictures start here
+    template: Mapping[str, Any]  # keywords of format_messages
+    indices: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        return self._sample(position)
+
+    def raw(self, position: int) -> Row:
+        """The row as the user's data has it."""
+        return self.content[self.indices[position]]
+
+    def name(self, position: int) -> str:
+        return f"row {self.indices[position] + 1} of {self.source}"
+
+    def select(self, positions: Iterable[int]) -> Rows:
+        """Some of these rows, under their old numbers."""
+        return replace(self, indices=[self.indices[position] for position in positions])
+
+    def alone(self, row: Row) -> Rows:
+        """One more row, read as these are."""
+        return replace(self, content=[row], indices=[0], source="the given rows")
+
+    def prompt(self, position: int) -> dict[str, Any]:
+        """The sample without its last answer: what the model is asked."""
+        return self._sample(position, prompt_only=True)
+
+    def _sample(self, position: int, *, prompt_only: bool = False) -> dict[str, Any]:
+        name = self.name(position)
+        try:
+            messages = format_messages(self.raw(position), **self.template, prompt_only=prompt_only)
+        except DatasetError as error:
+            raise DatasetError(f"{name}: {error}") from None
+        return {"messages": [_rooted(message, self.root) for message in messages], "name": name}
+
+
+def load_data(section: DataSection, *, seed: int = 42) -> tuple[Rows, Rows | None]:
+    """The rows to train on and the rows held out for evaluation, if any.
+
+    Args:
+        section: where the data lies and how a row is written down.
+        seed: decides which rows `eval_fraction` and `eval_rows` hold out.
+
+    Raises:
+        DatasetError: the source cannot be read, or holds too few rows.
+    """
+    rows = _open(section, section.source, section.split)
+    if section.max_rows is not None:
+        rows = rows.select(range(min(section.max_rows, len(rows))))
+    if section.eval_source is not None or section.eval_split is not None:
+        held_out = _open(section, section.eval_source or section.source, section.eval_split or section.split)
+        return rows, held_out
+    count = section.eval_rows or round(len(rows) * (section.eval_fraction or 0))
+    if section.eval_fraction is not None:
+        count = max(count, 1)
+    if count >= len(rows):
+        raise DatasetError(
+            f"{rows.source} has {len(rows)} rows; {count} held out for evaluation leave none to train on"
+        )
+    if count == 0:
+        return rows, None
+    chosen = set(random.Random(seed).sample(range(len(rows)), count))
+    return rows.select(i for i in range(len(rows)) if i not in chosen), rows.select(sorted(chosen))
+
+
+def find_bad_rows(rows: Rows, *, check_images: bool = True) -> dict[int, str]:
+    """Position → what is wrong, for every row that makes no messages or, with `check_images`, whose picture does not decode."""
+    bad: dict[int, str] = {}
+    for position in bar(range(len(rows)), "Checking rows"):
+        try:
+            sample = rows[position]
+            pictures = [part["image"] for m in sample["messages"] for part in m["content"] if part["type"] == "image"]
+            if check_images:
+                for picture in pictures:
+                    load_image(picture)
+        except DatasetError as error:
+            bad[position] = str(error).removeprefix(f"{rows.name(position)}: ")
+    return bad
+
+
+def without(rows: Rows, bad: Mapping[int, str], *, policy: str, hint: str) -> Rows:
+    """The rows without the bad ones.
+
+    Raises:
+        DatasetError: there are bad rows and `policy` is `raise`, or no other rows are left; the first few are named.
+    """
+    if not bad:
+        return rows
+    kept = rows.select(position for position in range(len(rows)) if position not in bad)
+    if policy == "raise" or not kept.indices:
+        named = "".join(f"\n  {rows.name(position)}: {bad[position]}" for position in list(bad)[:SHOWN])
+        more = f"\n  and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+        raise DatasetError(f"{len(bad)} of {len(rows)} rows cannot be used ({hint}):{named}{more}")
+    return kept
+
+
+def _open(section: DataSection, source: str, split: str) -> Rows:
+    path = Path(source).expanduser()
+    template = {name: getattr(section, name) for name in ("format", "system", "prompt", "response", "images")}
+    if path.suffix in {".json", ".jsonl"}:
+        content: Sequence[Row] = _read_json(path)
+    elif path.is_file() and path.suffix not in READERS:
+        known = ", ".join([".jsonl", ".json", *READERS])
+        raise DatasetError(
+            f"data source {path} is a {path.suffix or 'file without suffix'}; files of {known} can be read"
+        )
+    else:
+        content = _read_dataset(path, source, split)
+    if len(content) == 0:
+        raise DatasetError(f"data source {source} holds no rows")
+    root = path if path.is_dir() else path.parent
+    name = path.name if path.exists() else f"{source}, split {split}"
+    return Rows(content, name, root, template, range(len(content)))
+
+
+def _read_json(path: Path) -> list[Row]:
+    """Rows of a .jsonl or .json file, as Python has them: Arrow would refuse columns whose rows differ in type."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DatasetError(f"data source {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"data source {path} is not UTF-8: {error.reason} at byte {error.start}") from None
+    if path.suffix == ".json":
+        return _json_array(path, text)
+    rows: list[Row] = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise DatasetError(
+                    f"line {number} of {path} is not JSON: {error.msg} at column {error.colno}"
+                ) from None
+    return rows
+
+
+def _json_array(path: Path, text: str) -> list[Row]:
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DatasetError(f"{path} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
+    if isinstance(content, dict) and isinstance(content.get("data"), list):
+        content = content["data"]
+    if not isinstance(content, list):
+        raise DatasetError(f"{path} holds a {type(content).__name__}; a list of rows is wanted")
+    return content
+
+
+def _read_dataset(path: Path, source: str, split: str) -> Sequence[Row]:
+    try:
+        if path.is_file():
+            dataset = datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train")
+        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            dataset = datasets.load_from_disk(str(path))
+        else:
+            dataset = datasets.load_dataset(source, split=split)
+        if isinstance(dataset, datasets.DatasetDict):
+            dataset = dataset[split]
+    except KeyError:
+        raise DatasetError(f"data source {source} has no split {split!r}") from None
+    except Exception as error:  # datasets raises errors of a dozen kinds, and the messages are what matters
+        kind = "directory" if path.is_dir() else "file" if path.is_file() else "file, directory or data set on the hub"
+        raise DatasetError(
+            f"data source {source}: no such {kind} can be read: {' '.join(str(error).split())}"
+        ) from error
+    for name, feature in dataset.features.items():
+        if isinstance(feature, datasets.Image):
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
+            dataset = dataset.cast_column(name, datasets.List(datasets.Image(decode=False)))
+    return dataset  # pyright: ignore[reportReturnType]
+
+
+def _rooted(message: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    """The message with relative paths of pictures and videos made absolute."""
+
+    def rooted(part: Mapping[str, Any]) -> dict[str, Any]:
+        value = part.get(part["type"])
+        if part["type"] == "text" or not isinstance(value, str) or ":" in value[:8]:  # http:, https:, data:, file:
+            return dict(part)
+        return {**part, part["type"]: str(root / value)}
+
+    return {**message, "content": [rooted(part) for part in message["content"]]}

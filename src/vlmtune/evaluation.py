@@ -1,0 +1,234 @@
+"""What a model answers: on one row, on many, with its adapter and without, with the pictures and blind."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from PIL import Image
+from rich.table import Table
+
+from vlmtune.collator import MultimodalCollator
+from vlmtune.console import console, half_blocks, progress
+from vlmtune.images import load_image
+
+Sample = Mapping[str, Any]
+THUMBNAIL = 160  # pixels, longest edge
+
+
+def answers(
+    model: Any,
+    collator: MultimodalCollator,
+    samples: Sequence[Sample],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 8,
+    description: str = "Answering",
+) -> list[str]:
+    """The model's greedy answer to each sample `{"messages": [...]}`, whose last turn is the user's."""
+    found: list[str] = []
+    stop = {collator.stop_token_id}
+    with _evaluating(model), progress() as shown:
+        task = shown.add_task(description, total=len(samples), text="")
+        for start in range(0, len(samples), batch_size):
+            batch = _on_device(collator.prompts(samples[start : start + batch_size]), model)
+            output = model.generate(
+                **batch,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                eos_token_id=sorted(stop),
+                pad_token_id=collator.tokenizer.pad_token_id,
+            )
+            new = output[:, batch["input_ids"].shape[1] :]
+            found += [text.strip() for text in collator.tokenizer.batch_decode(new, skip_special_tokens=True)]
+            shown.advance(task, len(batch["input_ids"]))
+    return found
+
+
+def accuracy(given: Sequence[str], expected: Sequence[str]) -> float:
+    """Share of answers that equal the expected text, spaces at the ends aside."""
+    return sum(a.strip() == b.strip() for a, b in zip(given, expected, strict=True)) / max(len(expected), 1)
+
+
+def question(sample: Sample) -> dict[str, Any]:
+    """The sample without its last answer."""
+    messages = list(sample["messages"])
+    return {**sample, "messages": messages[:-1] if messages[-1]["role"] == "assistant" else messages}
+
+
+def expected_answer(sample: Sample) -> str:
+    """The text of the sample's last answer."""
+    return _text(sample["messages"][-1]) if sample["messages"][-1]["role"] == "assistant" else ""
+
+
+def blanked(sample: Sample) -> dict[str, Any]:
+    """The sample with every picture replaced by a grey one of the same size: what a model says that cannot look."""
+
+    def blank(part: Mapping[str, Any]) -> dict[str, Any]:
+        if part["type"] != "image":
+            return dict(part)
+        return {"type": "image", "image": Image.new("RGB", load_image(part["image"]).size, (128, 128, 128))}
+
+    return {
+        **sample,
+        "messages": [{**m, "content": [blank(part) for part in m["content"]]} for m in sample["messages"]],
+    }
+
+
+@dataclass(frozen=True)
+class ComparedRow:
+    pictures: tuple[Image.Image, ...]
+    prompt: str
+    expected: str
+    base: str
+    tuned: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Answers of the base and of the tuned model side by side.
+
+    A notebook shows it as a table with pictures; `print` gives Markdown; `write(directory)` leaves comparison.md and
+    comparison.html with the pictures.
+    """
+
+    rows: tuple[ComparedRow, ...]
+
+    def __str__(self) -> str:
+        return self.to_markdown()
+
+    def _repr_html_(self) -> str:
+        return self.to_html()
+
+    def to_markdown(self, pictures: Sequence[Sequence[str]] | None = None) -> str:
+        """A Markdown table; `pictures` are the links to show, row by row, else the sizes are named."""
+        lines = ["| picture | prompt | expected | base | tuned |", "|---|---|---|---|---|"]
+        for number, row in enumerate(self.rows):
+            named = (
+                [f"![]({link})" for link in pictures[number]]
+                if pictures
+                else [f"{p.width}×{p.height}" for p in row.pictures]
+            )
+            cells = [" ".join(named), row.prompt, row.expected, row.base, row.tuned]
+            lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", "<br>") for cell in cells) + " |")
+        return "\n".join(lines)
+
+    def to_html(self) -> str:
+        """A self-contained HTML table, pictures inside."""
+        style = (
+            "text-align:left;vertical-align:top;white-space:pre-wrap;padding:6px;border:1px solid #ccc;max-width:24em"
+        )
+        head = "".join(
+            f'<th style="{style}">{name}</th>' for name in ("picture", "prompt", "expected", "base", "tuned")
+        )
+        body = ""
+        for row in self.rows:
+            images = "".join(f'<img src="{_data_url(picture)}" alt="">' for picture in row.pictures)
+            texts = "".join(
+                f'<td style="{style}">{html.escape(t)}</td>' for t in (row.prompt, row.expected, row.base, row.tuned)
+            )
+            body += f'<tr><td style="{style}">{images}</td>{texts}</tr>'
+        return f'<table style="border-collapse:collapse"><tr>{head}</tr>{body}</table>'
+
+    def write(self, directory: Path) -> None:
+        """Leaves comparison.html, comparison.md and the pictures of the latter in `comparison/`."""
+        folder = directory / "comparison"
+        folder.mkdir(parents=True, exist_ok=True)
+        links: list[list[str]] = []
+        for number, row in enumerate(self.rows, 1):
+            links.append([f"comparison/{number}-{place}.png" for place in range(1, len(row.pictures) + 1)])
+            for link, picture in zip(links[-1], row.pictures, strict=True):
+                picture.save(directory / link)
+        (directory / "comparison.md").write_text(self.to_markdown(links) + "\n", encoding="utf-8")
+        page = f'<!doctype html><meta charset="utf-8"><title>base and tuned</title>{self.to_html()}'
+        (directory / "comparison.html").write_text(page, encoding="utf-8")
+
+    def print(self) -> None:
+        """Shows the table in the terminal, pictures as coloured blocks where it has colours."""
+        table = Table(
+            title="Base and tuned on held-out rows", title_justify="left", show_lines=True, title_style="bold"
+        )
+        for name in ("picture", "expected", "base", "tuned"):
+            table.add_column(name, overflow="fold")
+        for row in self.rows:
+            shown = half_blocks(row.pictures[0]) if row.pictures else ""
+            table.add_row(shown, row.expected, row.base, row.tuned)
+        console.print(table)
+
+
+def compare(
+    model: PeftModel,
+    collator: MultimodalCollator,
+    samples: Sequence[Sample],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 8,
+) -> Comparison:
+    """Answers with the adapter off and on, in this one process."""
+    options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    asked = [question(sample) for sample in samples]
+    with model.disable_adapter():
+        base = answers(model, collator, asked, description="Base answers", **options)
+    tuned = answers(model, collator, asked, description="Tuned answers", **options)
+    return comparison(samples, base, tuned)
+
+
+def comparison(samples: Sequence[Sample], base: Sequence[str], tuned: Sequence[str]) -> Comparison:
+    """The table of answers that are there already."""
+    return Comparison(
+        tuple(
+            ComparedRow(
+                thumbnails(sample), _text(question(sample)["messages"][-1]), expected_answer(sample), before, after
+            )
+            for sample, before, after in zip(samples, base, tuned, strict=True)
+        )
+    )
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    autocast = torch.autocast(model.device.type, model.dtype) if model.dtype != torch.float32 else nullcontext()
+    try:
+        with torch.no_grad(), autocast:
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _on_device(batch: Mapping[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+    return {
+        name: values.to(model.device, model.dtype if values.is_floating_point() else values.dtype)
+        for name, values in batch.items()
+    }
+
+
+def _text(message: Mapping[str, Any]) -> str:
+    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
+
+
+def thumbnails(sample: Sample) -> tuple[Image.Image, ...]:
+    """The sample's pictures, small enough for a table."""
+    sources = [part["image"] for m in sample["messages"] for part in m["content"] if part["type"] == "image"]
+    pictures = [load_image(source) for source in sources]
+    for picture in pictures:
+        picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    return tuple(pictures)
+
+
+def _data_url(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

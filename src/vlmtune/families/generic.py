@@ -1,0 +1,51 @@
+"""Any other image-text-to-text model of transformers whose processor keeps the conventions: Qwen2.5-VL, SmolVLM, …"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from vlmtune.families import Family, token_ids
+
+# what processors call the tokens that stand for pictures and video; taken from transformers' processors
+ATTRIBUTES = (
+    "image_token",
+    "video_token",
+    "boi_token",
+    "eoi_token",
+    "fake_image_token",
+    "global_image_token",
+)
+BORDERS = ("<|vision_start|>", "<|vision_end|>", "<vision_start>", "<vision_end>", "<start_of_image>", "<end_of_image>")
+
+
+@dataclass(frozen=True)
+class Generic(Family):
+    def image_token_ids(self, processor: Any) -> frozenset[int]:
+        declared = getattr(processor, "image_token_ids", None) or getattr(processor, "image_ids", None) or []
+        return super().image_token_ids(processor) | token_ids(processor, BORDERS) | frozenset(declared)
+
+    def set_pixels(self, processor: Any, *, min_pixels: int | None, max_pixels: int | None) -> None:
+        size = processor.image_processor.size
+        if set(size) != {"shortest_edge", "longest_edge"} or "Qwen" not in type(processor.image_processor).__name__:
+            super().set_pixels(processor, min_pixels=min_pixels, max_pixels=max_pixels)
+        processor.image_processor.size = {
+            "shortest_edge": min_pixels or size["shortest_edge"],
+            "longest_edge": max_pixels or size["longest_edge"],
+        }
+
+
+FAMILY = Generic(
+    name="generic",
+    image_tokens=ATTRIBUTES,
+    frozen_modules=(
+        "visual",
+        "vision_tower",
+        "vision_model",
+        "vision_encoder",
+        "multi_modal_projector",
+        "mm_projector",
+        "connector",
+        "aligner",
+    ),
+)

@@ -1,0 +1,32 @@
+"""Qwen2-VL: pictures of any size as `<|vision_start|><|image_pad|>…<|vision_end|>`, 3-D rotary positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from vlmtune.families import Family, token_ids
+
+
+@dataclass(frozen=True)
+class Qwen2VL(Family):
+    def image_token_ids(self, processor: Any) -> frozenset[int]:
+        borders = ["<|vision_start|>", "<|vision_end|>"]  # not attributes of the processor
+        return token_ids(processor, [*borders, processor.image_token, processor.video_token])
+
+    def set_pixels(self, processor: Any, *, min_pixels: int | None, max_pixels: int | None) -> None:
+        # the edges are areas: transformers keeps Qwen2-VL's min_pixels and max_pixels under these names
+        size = processor.image_processor.size
+        processor.image_processor.size = {
+            "shortest_edge": min_pixels or size["shortest_edge"],
+            "longest_edge": max_pixels or size["longest_edge"],
+        }
+
+
+FAMILY = Qwen2VL(
+    name="qwen2_vl",
+    model_types=frozenset({"qwen2_vl"}),
+    processors=frozenset({"Qwen2VLProcessor"}),
+    language_module="language_model",
+    frozen_modules=("visual",),
+)

@@ -1,0 +1,255 @@
+"""The model factory: a checkpoint, quantised, with a LoRA adapter on the part that is to learn.
+
+Every line that depends on a version of transformers, peft or bitsandbytes stands here, with the link that says why.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
+
+from vlmtune.errors import ModelError, RecipeError
+from vlmtune.families import Family, find_family
+from vlmtune.plugins import did_you_mean
+from vlmtune.recipe import LoraSection, ModelSection, Recipe
+
+Processor: TypeAlias = Any  # a ProcessorMixin or, for text models, a tokenizer
+
+
+def load_model(recipe: Recipe, *, family: Family | str | None = None) -> tuple[PeftModel, Processor, Family]:
+    """A model that is ready to be trained, its processor and its family.
+
+    The language model is quantised as `model.quantization` says; vision tower, projector, embeddings and head stay in
+    16 bit. Only the LoRA adapter is trainable, and it is on the language model only unless `lora.scope` says otherwise, so
+    that a frozen tower runs without autograd.
+
+    Raises:
+        ModelError: the checkpoint or its processor cannot be loaded.
+        RecipeError: a LoRA target that no module of the model has.
+    """
+    processor, found = load_processor(recipe, family=family)
+    base = load_base(recipe.model, found)
+    return add_adapter(base, found, recipe.lora), processor, found
+
+
+def load_processor(recipe: Recipe, *, family: Family | str | None = None) -> tuple[Processor, Family]:
+    """The checkpoint's processor with the recipe's pixel settings, and the family."""
+    section = recipe.model
+    config = load_config(section)
+    found = find_family(family or section.family, config=config)
+    auto = AutoProcessor if found.takes_images else AutoTokenizer
+    kind = "processor" if found.takes_images else "tokenizer"
+    try:
+        processor: Processor = auto.from_pretrained(section.name, **_origin(section))
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        raise ModelError(f"{section.name} has no usable {kind}: {_one_line(error)}") from error
+    if found.takes_images and not hasattr(processor, "image_processor"):
+        raise ModelError(
+            f"{section.name} has no processor, only a {type(processor).__name__}: put the checkpoint's "
+            "preprocessor_config.json or processor_config.json beside its weights"
+        )
+    images = recipe.images
+    if images.min_pixels or images.max_pixels:
+        found.set_pixels(processor, min_pixels=images.min_pixels, max_pixels=images.max_pixels)
+    return processor, found
+
+
+def load_config(section: ModelSection) -> Any:
+    """The checkpoint's config.
+
+    Raises:
+        ModelError: no checkpoint of that name.
+    """
+    try:
+        return AutoConfig.from_pretrained(section.name, **_origin(section))
+    except (OSError, ValueError, KeyError) as error:
+        what = "directory" if Path(section.name).exists() else "hub id or directory"
+        raise ModelError(
+            f"model {section.name}: no checkpoint to be found in this {what}: {_one_line(error)}"
+        ) from error
+
+
+def load_base(section: ModelSection, family: Family) -> PreTrainedModel:
+    """The checkpoint's model, quantised, frozen, on this process's device."""
+    auto = AutoModelForImageTextToText if family.takes_images else AutoModelForCausalLM
+    dtype = compute_dtype(section)
+    try:
+        model = auto.from_pretrained(
+            section.name,
+            dtype=dtype,
+            device_map={"": device()},
+            attn_implementation=section.attention,
+            quantization_config=quantization_config(section, family, dtype),
+            **_origin(section),
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"model {section.name} cannot be loaded: {_one_line(error)}") from error
+    keep_training_layout(model)
+    return model.requires_grad_(False)
+
+
+def device() -> torch.device:
+    """CUDA, Apple or CPU, by what is there; with several processes, each its own card."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def compute_dtype(section: ModelSection) -> torch.dtype:
+    """The dtype of everything that is not quantised, and in which is computed."""
+    if section.dtype != "auto":
+        return getattr(torch, section.dtype)
+    if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16  # T4 and older
+    return torch.bfloat16
+
+
+def quantization_config(section: ModelSection, family: Family, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """bitsandbytes' settings; the parts that see stay out of it, and so does the head."""
+    if section.quantization == "none":
+        return None
+    # patterns are matched from the start of a module's name, and a list of one's own replaces the default, `lm_head`:
+    # https://github.com/huggingface/transformers/blob/main/src/transformers/quantizers/quantizers_utils.py
+    skip = [f".*({'|'.join(family.frozen_modules)})", "lm_head"] if family.frozen_modules else ["lm_head"]
+    if section.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skip,
+    )
+
+
+def keep_training_layout(model: nn.Module) -> None:
+    """Keeps bitsandbytes from repacking 4-bit weights for inference.
+
+    On CPUs with AVX512-BF16 the first forward without gradients (an evaluation, `generate`) repacks every layer for good,
+    and training afterwards is wrong: lost gradients, or an error about a view of a leaf.
+    https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bitsandbytes/nn/modules.py (`Linear4bit.forward`)
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def add_adapter(base: PreTrainedModel, family: Family, lora: LoraSection) -> PeftModel:
+    """The model with a fresh LoRA adapter.
+
+    Raises:
+        RecipeError: a target that no module within the scope is called.
+    """
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=lora.dropout,
+        target_modules=lora_targets(base, family, lora),
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(base, config)
+    assert isinstance(model, PeftModel)
+    keep_training_layout(model)
+    return model
+
+
+def lora_targets(model: nn.Module, family: Family, lora: LoraSection) -> str:
+    """The regex of the modules that get an adapter; every target named in the recipe matches at least one of them."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    leaves = {_leaf(name) for name in linear} - {"lm_head"}  # TRL's fused loss reads the head's weight directly
+    inside = re.compile(family.lora_targets(leaves, lora.scope))
+    there = sorted({_leaf(name) for name in linear if inside.fullmatch(name)})
+    wanted = there if lora.targets == "all-linear" else list(lora.targets)
+    missing = [name for name in wanted if name not in there]
+    if missing or not wanted:
+        hint = did_you_mean(missing[0], there) if missing else ""
+        raise RecipeError(
+            f"`lora.targets` names {', '.join(missing) or 'nothing'}, and no linear module of the {lora.scope} part of "
+            f"this {family.name} model is called so: nothing would be trained.{hint}"
+        )
+    return family.lora_targets(wanted, lora.scope)
+
+
+def _leaf(name: str) -> str:
+    """`model.layers.0.self_attn.q_proj` → `q_proj`, and of a member of a list `visual.merger.mlp.0` → `mlp.0`."""
+    found = re.search(r"[^.]+(?:\.\d+)*$", name)
+    return found[0] if found else name
+
+
+@dataclass(frozen=True)
+class PartCount:
+    """Parameters of one part of a model."""
+
+    part: str
+    trainable: int
+    total: int
+    dtypes: str
+
+
+def parameter_counts(model: nn.Module, family: Family) -> list[PartCount]:
+    """Trainable and total parameters of the language model, what sees, and the head; quantised ones counted as they were."""
+    sees = re.compile(rf"(?:.*\.)?(?:{'|'.join(family.frozen_modules)})\.") if family.frozen_modules else None
+    parts: dict[str, list[tuple[int, bool, str]]] = {"language model": [], "vision tower and projector": [], "head": []}
+    tied: set[int] = set()
+    for name, parameter in model.named_parameters():
+        if id(parameter) in tied:
+            continue
+        tied.add(id(parameter))
+        part = "vision tower and projector" if sees and sees.match(name) else "language model"
+        part = "head" if "lm_head" in name.split(".") else part
+        state = getattr(parameter, "quant_state", None)  # 4 bit: two weights a byte
+        shape = state.shape if state is not None else parameter.shape
+        kind = "nf4" if state is not None else str(parameter.dtype).removeprefix("torch.")
+        parts[part].append((math.prod(shape), parameter.requires_grad, kind))
+    return [
+        PartCount(
+            part,
+            sum(count for count, trainable, _ in counts if trainable),
+            sum(count for count, _, _ in counts),
+            ", ".join(sorted({kind for _, _, kind in counts})),
+        )
+        for part, counts in parts.items()
+        if counts
+    ]
+
+
+def use_checkpointing(model: PeftModel, every_n_layers: int = 1) -> None:
+    """Recomputes the layers' activations in the backward pass instead of keeping them.
+
+    Without the hooks that make inputs require gradients: they are for reentrant checkpointing, and on the vision tower they
+    would keep its activations for gradients that nobody uses.
+    https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_utils.py (`enable_input_require_grads`)
+    """
+    base: Any = model.get_base_model()
+    base.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every_n_layers)
+    base.disable_input_require_grads()
+
+
+def _origin(section: ModelSection) -> Mapping[str, Any]:
+    return {"revision": section.revision or "main", "trust_remote_code": section.trust_remote_code}
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,128 @@
+"""Directories that are written: whole or not at all, and never over an earlier result."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vlmtune.errors import OutputError
+
+LAST = "adapter_config.json"  # a directory without it is no adapter, so that it moves in last
+
+
+def claim(directory: Path, *, overwrite: bool = False, mark: str = "recipe.yaml") -> None:
+    """Makes sure that a directory may be written: nothing of value lies there, or it may be deleted.
+
+    Args:
+        overwrite: an earlier result, which is told by the file `mark`, may lie there.
+
+    Raises:
+        OutputError: the directory holds something, and `overwrite` is not set or what lies there is not ours.
+    """
+    try:
+        content = sorted(path.name for path in directory.iterdir())
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        raise OutputError(f"output directory {directory} is a file: name a directory") from None
+    if not content:
+        return
+    if not overwrite:
+        raise OutputError(
+            f"output directory {directory} is not empty (it holds {content[0]}): name another one, or ask to resume or to "
+            "overwrite the run that lies there"
+        )
+    if mark not in content:
+        raise OutputError(
+            f"output directory {directory} holds {content[0]} and no {mark}: it is not vlmtune's to overwrite"
+        )
+
+
+@contextmanager
+def whole(directory: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A temporary directory to write to; its files appear in `directory` at the end, or not at all where writing fails.
+
+    A directory that does not exist yet appears by one rename; with `replace`, an earlier one goes in that moment. Into one
+    that stays, files move one by one and `adapter_config.json` last, without which nothing takes the rest for an adapter.
+
+    Raises:
+        OutputError: the disk is full.
+    """
+    with disk_errors(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
+        try:
+            partial.chmod(0o755)
+            yield partial
+            for path in partial.rglob("*"):
+                _sync(path)
+            if replace and directory.exists():
+                shutil.rmtree(directory)
+            if not directory.exists():
+                partial.rename(directory)
+                return
+            for path in sorted(partial.iterdir(), key=lambda path: path.name == LAST):
+                path.replace(directory / path.name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def disk_errors(directory: Path) -> Iterator[None]:
+    """Turns a full disk or a forbidden place, whoever meets it, into one sentence."""
+    try:
+        yield
+    except Exception as error:  # safetensors and torch wrap the system's error in their own
+        text = str(error)
+        number = getattr(error, "errno", None)
+        full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "file write failed" in text
+        if full:
+            free = shutil.disk_usage(_existing(directory)).free / 2**20
+            raise OutputError(
+                f"the disk is full while writing {directory} ({free:.0f} MiB free): make room and resume"
+            ) from error
+        if isinstance(error, PermissionError):
+            raise OutputError(f"{error.filename or directory} cannot be written: {error.strerror}") from error
+        raise
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a file of JSON at once, over what was there."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def last_checkpoint(directory: Path) -> Path | None:
+    """The newest checkpoint of a run that was written to its end."""
+    found = sorted(directory.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    whole_ones = [path for path in found if _is_json(path / "trainer_state.json")]  # the trainer writes it last
+    return whole_ones[-1] if whole_ones else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _existing(directory: Path) -> Path:
+    return next(path for path in (directory, *directory.absolute().parents) if path.exists())
+
+
+def _sync(path: Path) -> None:
+    if path.is_file():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,272 @@
+"""Recipes: one YAML file that says what to train on what, and how.
+
+`load_recipe` reads a file or a dict, applies `key.path=value` overrides and returns a frozen `Recipe`. OmegaConf reads the
+YAML (`1e-4` is a number there, and `${...}` refers to another key), pydantic checks it, and all mistakes are reported at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from vlmtune.errors import RecipeError
+from vlmtune.plugins import did_you_mean
+
+Path_ = tuple[str, ...]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelSection(Section):
+    name: str = Field(min_length=1)  # hub id or directory
+    revision: str | None = None
+    family: str | None = None  # told from the checkpoint unless given
+    quantization: Literal["nf4", "int8", "none"] = "nf4"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: bfloat16 where the device computes in it
+    attention: str | None = None  # transformers' attn_implementation: sdpa, flash_attention_2, eager, ...
+    trust_remote_code: bool = False
+
+
+class DataSection(Section):
+    source: str = Field(min_length=1)  # hub id, directory, image folder, or .jsonl .json .parquet .csv file
+    split: str = "train"
+    eval_source: str | None = None
+    eval_split: str | None = None
+    eval_fraction: float | None = Field(default=None, gt=0, lt=1)
+    eval_rows: int | None = Field(default=None, gt=0)
+    format: str = "auto"
+    system: str | None = None
+    prompt: str | None = None
+    response: str | None = None
+    images: str | list[str] | None = None
+    max_rows: int | None = Field(default=None, gt=0)
+    check_images: bool = True  # decode every picture once before the run: a broken one is found in its first minute
+
+    @model_validator(mode="after")
+    def _one_way_to_hold_out(self) -> DataSection:
+        ways = ("eval_source", "eval_split", "eval_fraction", "eval_rows")
+        given = [f"data.{way}" for way in ways if getattr(self, way) is not None]
+        if len(given) > 1 and given != ["data.eval_source", "data.eval_split"]:
+            raise _mistake(f"{' and '.join(given)} exclude each other: keep one")
+        return self
+
+
+class ImagesSection(Section):
+    min_pixels: int | None = Field(default=None, gt=0)  # areas: 256 * 28 * 28 pixels are 256 tokens of Qwen2-VL
+    max_pixels: int | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _min_below_max(self) -> ImagesSection:
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise _mistake(f"min_pixels is {self.min_pixels} and above max_pixels, {self.max_pixels}")
+        return self
+
+
+class LoraSection(Section):
+    r: int = Field(default=8, gt=0)
+    alpha: float = Field(default=16, gt=0)
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+    targets: Literal["all-linear"] | list[str] = Field(default=["q_proj", "v_proj"], min_length=1)
+    scope: Literal["language", "vision", "all"] = "language"
+    use_rslora: bool = False
+    use_dora: bool = False
+
+
+class EvalSection(Section):
+    samples: int = Field(default=4, ge=0)  # held-out rows that are answered for the table and for TensorBoard
+    max_new_tokens: int = Field(default=256, gt=0)
+    batch_size: int = Field(default=8, gt=0)  # rows answered at once
+    accuracy: bool = False  # answer every held-out row and count exact matches: base, tuned, pictures blanked
+    early_stop_patience: int | None = Field(default=None, gt=0)  # evaluations without a lower eval_loss
+
+
+class Recipe(Section):
+    """Everything that a run depends on. docs/recipes.md explains each field.
+
+    Raises:
+        RecipeError: from `load_recipe`, with all mistakes of the recipe at once.
+    """
+
+    model: ModelSection
+    data: DataSection
+    images: ImagesSection = ImagesSection()
+    lora: LoraSection = LoraSection()
+    train_on_inputs: bool = False
+    on_bad_row: Literal["raise", "drop"] = "raise"
+    on_too_long: Literal["raise", "drop"] = "raise"
+    eval: EvalSection = EvalSection()
+    merge: bool = False  # merge the adapter into OUTPUT_DIR/merged after training
+    train: dict[str, Any] = {}  # any field of trl.SFTConfig, by its name
+
+    @field_validator("train")
+    @classmethod
+    def _fields_of_sft_config(cls, train: dict[str, Any]) -> dict[str, Any]:
+        mistakes = list(_train_mistakes(train))
+        if mistakes:
+            raise PydanticCustomError("train", "several", {"mistakes": mistakes})
+        return train
+
+    @property
+    def output_dir(self) -> Path:
+        """Where the run is written: `train.output_dir`, else `runs/` and the model's name."""
+        return Path(self.train.get("output_dir") or Path("runs") / Path(self.model.name).name)
+
+    def to_yaml(self) -> str:
+        """The recipe with all its defaults, in YAML from which `load_recipe` makes an equal recipe."""
+        return OmegaConf.to_yaml(OmegaConf.create(self.model_dump(mode="json")))
+
+
+def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: Any) -> Recipe:
+    """The checked recipe of a YAML file, a dict or another recipe.
+
+    Args:
+        recipe: path of a YAML file, a mapping of the same shape, or a `Recipe`.
+        overrides: values by dotted key, `load_recipe("r.yaml", **{"train.learning_rate": 1e-4})`.
+
+    Raises:
+        RecipeError: lists every mistake with its line in the file and, for a misspelt key, what was probably meant.
+    """
+    text = _read(Path(recipe)) if isinstance(recipe, str | Path) else None
+    where = str(recipe) if text is not None else "recipe"
+    values = recipe.model_dump() if isinstance(recipe, Recipe) else recipe
+    try:
+        config = OmegaConf.create(text if text is not None else dict(values))  # type: ignore[arg-type]
+        for key, value in overrides.items():
+            OmegaConf.update(config, key, value, merge=False)
+        content = OmegaConf.to_container(config, resolve=True)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+    except (OmegaConfBaseException, ValueError) as error:
+        raise RecipeError(f"{where}: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict):
+        raise RecipeError(f"{where} holds no recipe: keys such as `model` and `data` are missing")
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        lines = _key_lines(text) if text is not None else {}
+        mistakes = sorted(dict(_describe(error)).items(), key=lambda mistake: _line(mistake[0], lines) or 0)
+        listed = "".join(f"\n  {_place(path, lines)}{message}" for path, message in mistakes)
+        count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+        raise RecipeError(f"{where} has {count}:{listed}") from None
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """`["train.learning_rate=1e-4"]` → `{"train.learning_rate": 0.0001}`; values are read as YAML.
+
+    Raises:
+        RecipeError: an argument has no `=`.
+    """
+    overrides: dict[str, Any] = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"override {argument!r} is not of the form key.path=value")
+        try:
+            overrides[key] = OmegaConf.to_container(OmegaConf.create(f"value: {value}"))["value"]  # type: ignore[index]
+        except (yaml.YAMLError, OmegaConfBaseException):  # a plain text with a colon or a bracket
+            overrides[key] = value
+    return overrides
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"recipe {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error}") from None
+
+
+def _mistake(message: str) -> PydanticCustomError:
+    return PydanticCustomError("recipe", "{text}", {"text": message})
+
+
+def _train_mistakes(train: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(key, message) for every value that is not a field of SFTConfig, or not of that field's type."""
+    if not train:
+        return
+    from trl import SFTConfig  # seconds: only where a recipe has a train section
+
+    types = get_type_hints(SFTConfig)
+    names = [field.name for field in dataclasses.fields(SFTConfig) if field.init]
+    for key, value in train.items():
+        if key not in names:
+            yield key, f"is not a field of trl.SFTConfig.{did_you_mean(key, names)}"
+            continue
+        try:
+            TypeAdapter(types[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        except ValidationError as error:
+            yield key, f"is {value!r}: {error.errors()[0]['msg'].lower()}"
+
+
+def _describe(error: ValidationError) -> Iterator[tuple[Path_, str]]:
+    for details in error.errors():
+        path = _known_part(details["loc"])
+        for key, message in details.get("ctx", {}).get("mistakes", [(None, "")]):
+            yield (path, _message(details, path)) if key is None else ((*path, key), message)
+
+
+def _message(details: ErrorDetails, path: Path_) -> str:
+    match details["type"]:
+        case "extra_forbidden":
+            return f"is not a key of a recipe.{did_you_mean(path[-1], _keys_beside(path))}"
+        case "missing":
+            return "is missing"
+        case "recipe":
+            return details["msg"]
+        case _:
+            return f"is {details['input']!r}: {details['msg'][0].lower()}{details['msg'][1:]}"
+
+
+def _known_part(loc: tuple[int | str, ...]) -> Path_:
+    """The location without pydantic's own additions, such as the members of a union."""
+    path: list[str] = []
+    section: type[BaseModel] | None = Recipe
+    for part in loc:
+        if section is None:
+            break
+        path.append(str(part))
+        field = section.model_fields.get(str(part))
+        annotation = field.annotation if field else None
+        section = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return tuple(path)
+
+
+def _keys_beside(path: Path_) -> list[str]:
+    section: Any = Recipe
+    for part in path[:-1]:
+        section = section.model_fields[part].annotation
+    return list(section.model_fields)
+
+
+def _key_lines(text: str) -> dict[Path_, int]:
+    """Line number of every key of a YAML text, by its path."""
+    lines: dict[Path_, int] = {}
+
+    def walk(node: yaml.Node | None, path: Path_) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                lines[(*path, key.value)] = key.start_mark.line + 1
+                walk(value, (*path, key.value))
+
+    walk(yaml.compose(text), ())
+    return lines
+
+
+def _line(path: Path_, lines: Mapping[Path_, int]) -> int | None:
+    return next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
+
+
+def _place(path: Path_, lines: Mapping[Path_, int]) -> str:
+    line, key = _line(path, lines), ".".join(path)
+    return f"{f'line {line}: ' if line else ''}{f'`{key}` ' if key else ''}"
