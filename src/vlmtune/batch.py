@@ -33,6 +33,7 @@ def make_labels(
     Example:
         ids `[7, 5, 5, 8, 9, 0]`, mask `[1, 1, 1, 1, 1, 0]`, image token 5, trained `[0, 0, 0, 0, 1, 0]`
         → `[-100, -100, -100, -100, 9, -100]`; with `trained=None` → `[7, -100, -100, 8, 9, -100]`
+
     """
     keep = attention_mask.bool()
     if trained is not None:
@@ -57,6 +58,7 @@ def end_at_stop_token(trained: Tensor, is_special: Tensor) -> Tensor:
 
     Example:
         trained `[0, 1, 1, 1, 1, 0, 1, 1]`, special `[1, 0, 0, 1, 0, 1, 0, 1]` → `[0, 1, 1, 1, 0, 0, 1, 1]`
+
     """
     trained, ends = trained.bool(), torch.zeros_like(trained, dtype=torch.bool)
     alive = torch.zeros_like(trained[:, 0], dtype=torch.bool)  # [batch]: a stop token lies at or right of this position

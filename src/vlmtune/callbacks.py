@@ -36,13 +36,9 @@ class ProgressBar(TrainerCallback):
         self._bar.update(self._task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
-        figures = (
-            [f"{name} {logs[key]:{form}}" for key, (name, form) in SHOWN.items() if key in (logs or {})] if logs else []
-        )
+        figures = [f"{name} {logs[key]:{form}}" for key, (name, form) in SHOWN.items() if key in (logs or {})] if logs else []
         if figures and state.is_world_process_zero:
-            console.print(
-                f"step {state.global_step:>5}  epoch {state.epoch or 0:.2f}  " + "  ".join(figures), highlight=False
-            )
+            console.print(f"step {state.global_step:>5}  epoch {state.epoch or 0:.2f}  " + "  ".join(figures), highlight=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._bar.stop()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmtune.batch import IGNORE, end_at_stop_token, make_labels
+from vlmtune.batch import end_at_stop_token, make_labels
 from vlmtune.errors import DatasetError, ImageError, ModelError
 from vlmtune.escape import Escape
 from vlmtune.families import Family, find_family
@@ -39,6 +39,7 @@ class MultimodalCollator:
         ModelError: the chat template cannot tell answers from prompts, or trains no stop token.
         DatasetError: a row that the processor refuses or that is longer than `max_length`; the message names it by the
             row's `"name"`, or by its place in the batch.
+
     """
 
     def __init__(
@@ -196,6 +197,7 @@ def training_template(processor: Any, family: Family, *, masked: bool = True) ->
 
     Raises:
         ModelError: none of these.
+
     """
     own = processor.chat_template
     own = own.get("default") if isinstance(own, dict) else own

@@ -82,6 +82,7 @@ def load_data(section: DataSection, *, seed: int = 42) -> tuple[Rows, Rows | Non
 
     Raises:
         DatasetError: the source cannot be read, or holds too few rows.
+
     """
     rows = _open(section, section.source, section.split)
     if section.max_rows is not None:
@@ -93,9 +94,7 @@ def load_data(section: DataSection, *, seed: int = 42) -> tuple[Rows, Rows | Non
     if section.eval_fraction is not None:
         count = max(count, 1)
     if count >= len(rows):
-        raise DatasetError(
-            f"{rows.source} has {len(rows)} rows; {count} held out for evaluation leave none to train on"
-        )
+        raise DatasetError(f"{rows.source} has {len(rows)} rows; {count} held out for evaluation leave none to train on")
     if count == 0:
         return rows, None
     chosen = set(random.Random(seed).sample(range(len(rows)), count))
@@ -122,6 +121,7 @@ def without(rows: Rows, bad: Mapping[int, str], *, policy: str, hint: str) -> Ro
 
     Raises:
         DatasetError: there are bad rows and `policy` is `raise`, or no other rows are left; the first few are named.
+
     """
     if not bad:
         return rows
@@ -140,9 +140,7 @@ def _open(section: DataSection, source: str, split: str) -> Rows:
         content: Sequence[Row] = _read_json(path)
     elif path.is_file() and path.suffix not in READERS:
         known = ", ".join([".jsonl", ".json", *READERS])
-        raise DatasetError(
-            f"data source {path} is a {path.suffix or 'file without suffix'}; files of {known} can be read"
-        )
+        raise DatasetError(f"data source {path} is a {path.suffix or 'file without suffix'}; files of {known} can be read")
     else:
         content = _read_dataset(path, source, split)
     if len(content) == 0:
@@ -168,9 +166,7 @@ def _read_json(path: Path) -> list[Row]:
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError as error:
-                raise DatasetError(
-                    f"line {number} of {path} is not JSON: {error.msg} at column {error.colno}"
-                ) from None
+                raise DatasetError(f"line {number} of {path} is not JSON: {error.msg} at column {error.colno}") from None
     return rows
 
 
@@ -200,9 +196,7 @@ def _read_dataset(path: Path, source: str, split: str) -> Sequence[Row]:
         raise DatasetError(f"data source {source} has no split {split!r}") from None
     except Exception as error:  # datasets raises errors of a dozen kinds, and the messages are what matters
         kind = "directory" if path.is_dir() else "file" if path.is_file() else "file, directory or data set on the hub"
-        raise DatasetError(
-            f"data source {source}: no such {kind} can be read: {' '.join(str(error).split())}"
-        ) from error
+        raise DatasetError(f"data source {source}: no such {kind} can be read: {' '.join(str(error).split())}") from error
     for name, feature in dataset.features.items():
         if isinstance(feature, datasets.Image):
             dataset = dataset.cast_column(name, datasets.Image(decode=False))

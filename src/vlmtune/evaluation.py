@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,9 +116,7 @@ class Comparison:
         lines = ["| picture | prompt | expected | base | tuned |", "|---|---|---|---|---|"]
         for number, row in enumerate(self.rows):
             named = (
-                [f"![]({link})" for link in pictures[number]]
-                if pictures
-                else [f"{p.width}×{p.height}" for p in row.pictures]
+                [f"![]({link})" for link in pictures[number]] if pictures else [f"{p.width}×{p.height}" for p in row.pictures]
             )
             cells = [" ".join(named), row.prompt, row.expected, row.base, row.tuned]
             lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", "<br>") for cell in cells) + " |")
@@ -126,12 +124,8 @@ class Comparison:
 
     def to_html(self) -> str:
         """A self-contained HTML table, pictures inside."""
-        style = (
-            "text-align:left;vertical-align:top;white-space:pre-wrap;padding:6px;border:1px solid #ccc;max-width:24em"
-        )
-        head = "".join(
-            f'<th style="{style}">{name}</th>' for name in ("picture", "prompt", "expected", "base", "tuned")
-        )
+        style = "text-align:left;vertical-align:top;white-space:pre-wrap;padding:6px;border:1px solid #ccc;max-width:24em"
+        head = "".join(f'<th style="{style}">{name}</th>' for name in ("picture", "prompt", "expected", "base", "tuned"))
         body = ""
         for row in self.rows:
             images = "".join(f'<img src="{_data_url(picture)}" alt="">' for picture in row.pictures)
@@ -156,9 +150,7 @@ class Comparison:
 
     def print(self) -> None:
         """Shows the table in the terminal, pictures as coloured blocks where it has colours."""
-        table = Table(
-            title="Base and tuned on held-out rows", title_justify="left", show_lines=True, title_style="bold"
-        )
+        table = Table(title="Base and tuned on held-out rows", title_justify="left", show_lines=True, title_style="bold")
         for name in ("picture", "expected", "base", "tuned"):
             table.add_column(name, overflow="fold")
         for row in self.rows:
@@ -188,16 +180,14 @@ def comparison(samples: Sequence[Sample], base: Sequence[str], tuned: Sequence[s
     """The table of answers that are there already."""
     return Comparison(
         tuple(
-            ComparedRow(
-                thumbnails(sample), _text(question(sample)["messages"][-1]), expected_answer(sample), before, after
-            )
+            ComparedRow(thumbnails(sample), _text(question(sample)["messages"][-1]), expected_answer(sample), before, after)
             for sample, before, after in zip(samples, base, tuned, strict=True)
         )
     )
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def _evaluating(model: Any) -> Generator[None]:
     was_training = model.training
     model.eval()
     autocast = torch.autocast(model.device.type, model.dtype) if model.dtype != torch.float32 else nullcontext()

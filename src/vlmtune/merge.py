@@ -66,6 +66,7 @@ def merge_adapter(
     Raises:
         ModelError: the adapter matches no module of the base or changes nothing, or the merged model answers otherwise.
         OutputError: `out_dir` is not empty, or the disk is full.
+
     """
     adapter_dir, out_dir = Path(adapter_dir), Path(out_dir)
     section = _base_section(adapter_dir, base)
@@ -112,9 +113,7 @@ def _base_section(adapter_dir: Path, base: str | None) -> ModelSection:
 def _load_processor(adapter_dir: Path, section: ModelSection, family: Family) -> Any:
     auto = AutoProcessor if family.takes_images else AutoTokenizer
     has_own = (adapter_dir / "tokenizer_config.json").exists()
-    return auto.from_pretrained(
-        str(adapter_dir) if has_own else section.name, trust_remote_code=section.trust_remote_code
-    )
+    return auto.from_pretrained(str(adapter_dir) if has_own else section.name, trust_remote_code=section.trust_remote_code)
 
 
 def _load_whole(name: str, section: ModelSection, family: Family, dtype: str | None) -> Any:
@@ -125,9 +124,7 @@ def _load_whole(name: str, section: ModelSection, family: Family, dtype: str | N
             name, dtype=dtype or "auto", device_map="cpu", trust_remote_code=section.trust_remote_code, **options
         ).eval()
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"model {name} cannot be loaded: {' '.join(str(error).split())}; name it with base="
-        ) from error
+        raise ModelError(f"model {name} cannot be loaded: {' '.join(str(error).split())}; name it with base=") from error
 
 
 def _with_adapter(model: Any, adapter_dir: Path) -> PeftModel:
@@ -135,9 +132,7 @@ def _with_adapter(model: Any, adapter_dir: Path) -> PeftModel:
     try:
         tuned = PeftModel.from_pretrained(model, str(adapter_dir))
     except (ValueError, RuntimeError) as error:
-        raise ModelError(
-            f"the adapter in {adapter_dir} does not fit its base: {' '.join(str(error).split())[:300]}"
-        ) from error
+        raise ModelError(f"the adapter in {adapter_dir} does not fit its base: {' '.join(str(error).split())[:300]}") from error
     saved = _adapter_tensors(adapter_dir)
     loaded = get_peft_model_state_dict(tuned)
     astray = sorted(name for name in saved if name not in loaded or not _same(saved[name], loaded[name]))
@@ -168,13 +163,12 @@ def _changes(tuned: PeftModel) -> dict[str, float]:
 
     Raises:
         ModelError: nothing changes.
+
     """
     layers = [(n, m) for n, m in tuned.named_modules() if hasattr(m, "get_delta_weight") and hasattr(m, "lora_A")]
     changes = {name: _largest_change(module) for name, module in bar(layers, "Reading the adapter")}
     if not changes or max(changes.values()) == 0:
-        raise ModelError(
-            "the adapter changes no weight of its base: it was never trained, or its weights were not saved"
-        )
+        raise ModelError("the adapter changes no weight of its base: it was never trained, or its weights were not saved")
     return changes
 
 
@@ -218,9 +212,7 @@ def command(
     adapter: Annotated[Path, typer.Argument(help="A run's directory, or any PEFT LoRA adapter.")],
     out: Annotated[Path, typer.Argument(help="Where the merged model is written.")],
     base: Annotated[str | None, typer.Option(help="Hub id or directory of the base, if it has moved.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="bfloat16, float16 or float32; the checkpoint's own if left out.")
-    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; the checkpoint's own if left out.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Of one weight file.")] = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier merge in OUT.")] = False,
 ) -> None:

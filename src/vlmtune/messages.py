@@ -412,7 +412,10 @@ def _read_prompt_completion(row: Row, templates: Templates) -> list[Any]:
     turns: list[Any] = []
     for column, role in (("prompt", "user"), ("completion", "assistant")):
         value = row.get(column)
-        turns += [{"role": role, "content": value}] if value is None or isinstance(value, str) else _turns(row, column)
+        if isinstance(value, str):
+            turns.append({"role": role, "content": value})
+        elif not _is_null(value):
+            turns += _turns(row, column)
     return turns
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -44,6 +44,7 @@ def load_model(recipe: Recipe, *, family: Family | str | None = None) -> tuple[P
     Raises:
         ModelError: the checkpoint or its processor cannot be loaded.
         RecipeError: a LoRA target that no module of the model has.
+
     """
     processor, found = load_processor(recipe, family=family)
     base = load_base(recipe.model, found)
@@ -77,14 +78,13 @@ def load_config(section: ModelSection) -> Any:
 
     Raises:
         ModelError: no checkpoint of that name.
+
     """
     try:
         return AutoConfig.from_pretrained(section.name, **_origin(section))
     except (OSError, ValueError, KeyError) as error:
         what = "directory" if Path(section.name).exists() else "hub id or directory"
-        raise ModelError(
-            f"model {section.name}: no checkpoint to be found in this {what}: {_one_line(error)}"
-        ) from error
+        raise ModelError(f"model {section.name}: no checkpoint to be found in this {what}: {_one_line(error)}") from error
 
 
 def load_base(section: ModelSection, family: Family) -> PreTrainedModel:
@@ -125,7 +125,7 @@ def compute_dtype(section: ModelSection) -> torch.dtype:
 
 
 def quantization_config(section: ModelSection, family: Family, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """bitsandbytes' settings; the parts that see stay out of it, and so does the head."""
+    """Bitsandbytes' settings; the parts that see stay out of it, and so does the head."""
     if section.quantization == "none":
         return None
     # patterns are matched from the start of a module's name, and a list of one's own replaces the default, `lm_head`:
@@ -149,9 +149,10 @@ def keep_training_layout(model: nn.Module) -> None:
     and training afterwards is wrong: lost gradients, or an error about a view of a leaf.
     https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bitsandbytes/nn/modules.py (`Linear4bit.forward`)
     """
-    for module in model.modules():
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportAttributeAccessIssue]
+            module.support_avx512bf16_for_cpu = False
 
 
 def add_adapter(base: PreTrainedModel, family: Family, lora: LoraSection) -> PeftModel:
@@ -159,6 +160,7 @@ def add_adapter(base: PreTrainedModel, family: Family, lora: LoraSection) -> Pef
 
     Raises:
         RecipeError: a target that no module within the scope is called.
+
     """
     config = LoraConfig(
         r=lora.r,

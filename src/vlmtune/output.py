@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ def claim(directory: Path, *, overwrite: bool = False, mark: str = "recipe.yaml"
 
     Raises:
         OutputError: the directory holds something, and `overwrite` is not set or what lies there is not ours.
+
     """
     try:
         content = sorted(path.name for path in directory.iterdir())
@@ -40,13 +41,11 @@ def claim(directory: Path, *, overwrite: bool = False, mark: str = "recipe.yaml"
             "overwrite the run that lies there"
         )
     if mark not in content:
-        raise OutputError(
-            f"output directory {directory} holds {content[0]} and no {mark}: it is not vlmtune's to overwrite"
-        )
+        raise OutputError(f"output directory {directory} holds {content[0]} and no {mark}: it is not vlmtune's to overwrite")
 
 
 @contextmanager
-def whole(directory: Path, *, replace: bool = False) -> Iterator[Path]:
+def whole(directory: Path, *, replace: bool = False) -> Generator[Path]:
     """A temporary directory to write to; its files appear in `directory` at the end, or not at all where writing fails.
 
     A directory that does not exist yet appears by one rename; with `replace`, an earlier one goes in that moment. Into one
@@ -54,6 +53,7 @@ def whole(directory: Path, *, replace: bool = False) -> Iterator[Path]:
 
     Raises:
         OutputError: the disk is full.
+
     """
     with disk_errors(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def whole(directory: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def disk_errors(directory: Path) -> Iterator[None]:
+def disk_errors(directory: Path) -> Generator[None]:
     """Turns a full disk or a forbidden place, whoever meets it, into one sentence."""
     try:
         yield

@@ -95,6 +95,7 @@ class Recipe(Section):
 
     Raises:
         RecipeError: from `load_recipe`, with all mistakes of the recipe at once.
+
     """
 
     model: ModelSection
@@ -135,6 +136,7 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: An
 
     Raises:
         RecipeError: lists every mistake with its line in the file and, for a misspelt key, what was probably meant.
+
     """
     text = _read(Path(recipe)) if isinstance(recipe, str | Path) else None
     where = str(recipe) if text is not None else "recipe"
@@ -165,6 +167,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
     Raises:
         RecipeError: an argument has no `=`.
+
     """
     overrides: dict[str, Any] = {}
     for argument in arguments:

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import torch
+from peft import PeftModel
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
@@ -26,7 +27,7 @@ from vlmtune.callbacks import HeldOutAnswers, ProgressBar, Speed
 from vlmtune.collator import MultimodalCollator
 from vlmtune.console import bar, console, decisions, is_main_process
 from vlmtune.data import Rows, find_bad_rows, load_data, without
-from vlmtune.errors import DatasetError, ModelError, OutputError, RecipeError, VlmtuneError
+from vlmtune.errors import ModelError, OutputError, RecipeError, VlmtuneError
 from vlmtune.evaluation import Comparison
 from vlmtune.families import Family
 from vlmtune.merge import load_merged, merge_adapter
@@ -61,6 +62,7 @@ def finetune(
 
     Raises:
         VlmtuneError: RecipeError, DatasetError, ModelError or OutputError, each one clear sentence.
+
     """
     checked = _with_absolute_model(load_recipe(recipe, **overrides))
     output_dir = checked.output_dir
@@ -123,24 +125,24 @@ class Run:
     def generate(self, row: Row, *, max_new_tokens: int | None = None) -> str:
         """The tuned model's answer to a row of the data set, or to a sample `{"messages": [...]}` of these `Rows`."""
         asked = evaluation.question(row) if _is_sample(row) else self.train_rows.alone(row).prompt(0)
-        return evaluation.answers(self.model, self.prompter, [asked], **self._options(max_new_tokens))[0]
+        return evaluation.answers(self.model, self.prompter, [asked], **self.options(max_new_tokens))[0]
 
     def compare(self, rows: Iterable[Row] | None = None, *, max_new_tokens: int | None = None) -> Comparison:
         """Base against tuned model, adapter off and on in this one process.
 
         Args:
             rows: rows of the data set or samples of these `Rows`; None takes the first `eval.samples` held-out rows.
+
         """
-        samples = (
-            self.samples() if rows is None else [r if _is_sample(r) else self.train_rows.alone(r)[0] for r in rows]
-        )
-        return evaluation.compare(self.model, self.prompter, samples, **self._options(max_new_tokens))
+        samples = self.samples() if rows is None else [r if _is_sample(r) else self.train_rows.alone(r)[0] for r in rows]
+        return evaluation.compare(self.model, self.prompter, samples, **self.options(max_new_tokens))
 
     def samples(self) -> list[Row]:
         """The first `eval.samples` rows that were held out, or of the training rows where none were."""
         return first(self.held_out or self.train_rows, self.recipe.eval.samples)
 
-    def _options(self, max_new_tokens: int | None = None) -> dict[str, int]:
+    def options(self, max_new_tokens: int | None = None) -> dict[str, Any]:
+        """How answers are made: keywords of `evaluation.answers`."""
         section = self.recipe.eval
         return {"max_new_tokens": max_new_tokens or section.max_new_tokens, "batch_size": section.batch_size}
 
@@ -148,10 +150,12 @@ class Run:
 class Trainer(SFTTrainer):
     """TRL's trainer; its log says how many tokens a second are trained on."""
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._speed = Speed()
+        return super().train(*args, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            if not hasattr(self, "_speed"):
-                self._speed = Speed()
             logs["tokens_per_second"] = self._speed(self.state.num_input_tokens_seen)
         super().log(logs, start_time)
 
@@ -161,14 +165,13 @@ def sft_config(recipe: Recipe) -> SFTConfig:
 
     Raises:
         RecipeError: values that TRL or this machine refuses.
+
     """
     given = dict(recipe.train)
     evaluates = any((recipe.data.eval_source, recipe.data.eval_split, recipe.data.eval_fraction, recipe.data.eval_rows))
     patience = recipe.eval.early_stop_patience
     if patience and not evaluates:
-        raise RecipeError(
-            "`eval.early_stop_patience` needs held-out rows: set data.eval_fraction, eval_rows or eval_split"
-        )
+        raise RecipeError("`eval.early_stop_patience` needs held-out rows: set data.eval_fraction, eval_rows or eval_split")
     on_gpu, dtype = torch.cuda.is_available(), compute_dtype(recipe.model)
     defaults: dict[str, Any] = {
         "output_dir": str(recipe.output_dir),
@@ -187,9 +190,7 @@ def sft_config(recipe: Recipe) -> SFTConfig:
         "remove_unused_columns": False,  # the collator needs the messages
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "gradient_checkpointing": False,  # model.use_checkpointing does it, without hooks on the vision tower
-        "report_to": [
-            name for name in _listed(given.get("report_to", "tensorboard")) if name not in ("tensorboard", "none")
-        ],
+        "report_to": [name for name in _listed(given.get("report_to", "tensorboard")) if name not in ("tensorboard", "none")],
     }
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and defaults["use_cpu"]:
         defaults["ddp_backend"] = "gloo"
@@ -237,15 +238,11 @@ def _short_rows(
     prompter: MultimodalCollator, train: Rows, held_out: Rows | None, dropped: Mapping[str, str]
 ) -> tuple[Rows, Rows | None, dict[str, str]]:
     """The rows that the model can take in one piece; the others are counted and named with those dropped before."""
-    all_dropped = dict(dropped)
+    all_dropped, limit = dict(dropped), prompter.max_length
 
     def short(rows: Rows) -> Rows:
         lengths = {position: prompter.length(rows[position]) for position in bar(range(len(rows)), "Counting tokens")}
-        long = {
-            p: f"{n} tokens, and the limit is {prompter.max_length}"
-            for p, n in lengths.items()
-            if n > prompter.max_length
-        }
+        long = {p: f"{n} tokens, and the limit is {prompter.max_length}" for p, n in lengths.items() if n > prompter.max_length}
         all_dropped.update({rows.name(position): reason for position, reason in long.items()})
         return without(rows, long, policy="drop", hint="all are too long")
 
@@ -358,9 +355,7 @@ def _save(run: Run) -> None:
         generation.eos_token_id = sorted({token for token in [*stop, run.prompter.stop_token_id] if token is not None})
         generation.save_pretrained(str(directory))
         (directory / "recipe.yaml").write_text(run.recipe.to_yaml(), encoding="utf-8")
-        write_json(
-            directory / "versions.json", {"python": platform.python_version()} | {p: version(p) for p in PACKAGES}
-        )
+        write_json(directory / "versions.json", {"python": platform.python_version()} | {p: version(p) for p in PACKAGES})
         write_json(directory / "history.json", {"log": run.history})
         write_json(directory / "metrics.json", run.metrics)
 
@@ -378,22 +373,20 @@ def _finish(run: Run) -> None:
             merged = load_merged(run.adapter_dir / "merged", run.recipe.model)
             run.metrics["merged_accuracy"] = _score(run, shown, merged, "Merged answers")
     write_json(run.adapter_dir / "metrics.json", run.metrics)
-    where = {"adapter": run.adapter_dir, "metrics": run.adapter_dir / "metrics.json"}
+    where: dict[str, Any] = {"adapter": run.adapter_dir, "metrics": run.adapter_dir / "metrics.json"}
     if shown:
         where["before and after"] = run.adapter_dir / "comparison.html"
     if run.recipe.merge:
         where["merged model"] = run.adapter_dir / "merged"
     if (run.adapter_dir / "runs").exists():
         where["TensorBoard"] = f"tensorboard --logdir {run.adapter_dir / 'runs'}"
-    scores = {
-        name.replace("_", " "): f"{value:.1%}" for name, value in run.metrics.items() if name.endswith("_accuracy")
-    }
+    scores = {name.replace("_", " "): f"{value:.1%}" for name, value in run.metrics.items() if name.endswith("_accuracy")}
     decisions("Result", {**scores, **where})
 
 
 def _compare_and_score(run: Run, samples: Sequence[Row]) -> None:
     section = run.recipe.eval
-    given = evaluation.compare(run.model, run.prompter, samples, **run._options())
+    given = evaluation.compare(run.model, run.prompter, samples, **run.options())
     few = Comparison(given.rows[: section.samples])
     few.write(run.adapter_dir)
     few.print()
@@ -407,7 +400,7 @@ def _compare_and_score(run: Run, samples: Sequence[Row]) -> None:
 
 def _score(run: Run, samples: Sequence[Row], model: Any, description: str) -> float:
     asked = [evaluation.question(sample) for sample in samples]
-    given = evaluation.answers(model, run.prompter, asked, description=description, **run._options())
+    given = evaluation.answers(model, run.prompter, asked, description=description, **run.options())
     return evaluation.accuracy(given, [evaluation.expected_answer(sample) for sample in samples])
 
 
@@ -420,20 +413,20 @@ def _show_decisions(
     held_out: Rows | None,
     dropped: Mapping[str, str],
 ) -> None:
-    args, world = trainer.args, trainer.args.world_size
+    args, world, model = trainer.args, int(trainer.args.world_size), cast("PeftModel", trainer.model)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
     rows: dict[str, Any] = {
-        "model": f"{recipe.model.name} ({family.name}, {recipe.model.quantization}, {trainer.model.dtype})",
+        "model": f"{recipe.model.name} ({family.name}, {recipe.model.quantization}, {model.dtype})",
         "device": f"{trainer.args.device} × {world}",
     }
-    for count in parameter_counts(trainer.model, family):
+    for count in parameter_counts(model, family):
         rows[count.part] = f"{count.trainable:,} of {count.total:,} parameters trainable ({count.dtypes})"
     rows |= {
         "rows": f"{len(train_rows)} to train on, {len(held_out) if held_out is not None else 0} held out, {len(dropped)} dropped",
         "loss on": "prompts and answers" if recipe.train_on_inputs else "answers and their stop token",
         "stop token": prompter.tokenizer.convert_ids_to_tokens(prompter.stop_token_id),
         "batch": f"{batch} rows: {args.per_device_train_batch_size} × {args.gradient_accumulation_steps} accumulated × {world}",
-        "checkpointing": "on" if trainer.model.is_activation_checkpointing else "off",
+        "checkpointing": "on" if model.get_base_model().is_activation_checkpointing else "off",
         "output": recipe.output_dir,
     }
     decisions("This run", rows)

@@ -51,17 +51,14 @@ class Family:
 
         Raises:
             RecipeError: this family's processor has no such setting.
+
         """
-        raise RecipeError(
-            f"images.min_pixels and images.max_pixels are not settings of {self.name}'s processor: remove them"
-        )
+        raise RecipeError(f"images.min_pixels and images.max_pixels are not settings of {self.name}'s processor: remove them")
 
     def process(self, processor: Any, conversations: list[list[dict[str, Any]]], **options: Any) -> dict[str, Tensor]:
         """The processor's batch for conversations whose pictures are decoded; `options` of `apply_chat_template`."""
         return dict(
-            processor.apply_chat_template(
-                conversations, tokenize=True, return_dict=True, return_tensors="pt", **options
-            )
+            processor.apply_chat_template(conversations, tokenize=True, return_dict=True, return_tensors="pt", **options)
         )
 
 
@@ -80,6 +77,7 @@ def find_family(wanted: Family | str | None = None, *, config: Any = None, proce
 
     Raises:
         ModelError: no family of that name.
+
     """
     if isinstance(wanted, Family):
         return wanted

@@ -22,8 +22,7 @@ class Mllama(Family):
         pictures is empty, so that what it is filled up with is never looked at.
         """
         sees = [
-            any(part["type"] == "image" for message in messages for part in message["content"])
-            for messages in conversations
+            any(part["type"] == "image" for message in messages for part in message["content"]) for messages in conversations
         ]
         order = sorted(range(len(sees)), key=lambda row: not sees[row])  # stable
         batch = super().process(processor, [conversations[row] for row in order], **options)

@@ -18,9 +18,7 @@ class Pixtral(Family):
 
     def set_pixels(self, processor: Any, *, min_pixels: int | None, max_pixels: int | None) -> None:
         if min_pixels:
-            raise RecipeError(
-                "images.min_pixels is not a setting of pixtral's processor, which never enlarges: remove it"
-            )
+            raise RecipeError("images.min_pixels is not a setting of pixtral's processor, which never enlarges: remove it")
         if max_pixels:  # the processor bounds both edges, so that the area keeps below the square
             processor.image_processor.size = {"longest_edge": isqrt(max_pixels)}
 

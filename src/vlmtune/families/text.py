@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from collections.abc import Collection
 import re
+from collections.abc import Collection
+from dataclasses import dataclass
 
 from vlmtune.errors import RecipeError
 from vlmtune.families import Family
