@@ -136,8 +136,8 @@ def _data_url(url: str, name: str) -> bytes:
 
 
 def _download(url: str, name: str) -> bytes:
-    request = urllib.request.Request(url, headers={"User-Agent": "vlmtune"})  # many sites refuse Python's own
     try:
+        request = urllib.request.Request(url, headers={"User-Agent": "vlmtune"})  # many sites refuse Python's own
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
             return answer.read()
     except (OSError, HTTPException, ValueError) as error:

@@ -103,9 +103,9 @@ def format_messages(
     try:
         _check_columns(row, chosen, templates, prompt_only)
         turns = [_turn(turn, number) for number, turn in enumerate(chosen.read(row, templates), 1)]
-        if prompt_only and turns and turns[-1]["role"] == "assistant":
-            turns.pop()
         _check_order(turns, prompt_only)
+        if prompt_only and turns[-1]["role"] == "assistant":
+            turns.pop()
         messages = [_message(turn, number, chosen.marked) for number, turn in enumerate(turns, 1)]
         _place_pictures(messages, _row_pictures(row, images), marked=chosen.marked)
         _check_contents(messages)
@@ -124,16 +124,17 @@ def _choose(row: Row, format: str | RowFormat, has_template: bool, prompt_only: 
         return _named(format)
     if has_template:
         return COLUMNS
-    ours = list(FORMATS.values())
-    theirs = [_named(name) for name in plugins.names(plugins.FORMATS) if name not in FORMATS]
-    found = [each for each in ours if each.matches(row, prompt_only=False)]
-    found = found or [each for each in ours + theirs if each.matches(row, prompt_only)]
+    formats = list(FORMATS.values())
+    found = [each for each in formats if each.matches(row, prompt_only=False)]
+    if not found:  # only then are other packages imported
+        formats += [_named(name) for name in plugins.names(plugins.FORMATS) if name not in FORMATS]
+        found = [each for each in formats if each.matches(row, prompt_only)]
     if len(found) == 1:
         return found[0]
     if found:
         several = " and ".join(each.name for each in found)
         raise DatasetError(f"format 'auto': the row fits {several}, say which with format=; {_columns_of(row)}.")
-    wants = [f"{each.name} wants {', '.join(each.wanted(prompt_only))}" for each in ours + theirs if each.columns]
+    wants = [f"{each.name} wants {', '.join(each.wanted(prompt_only))}" for each in formats if each.columns]
     raise DatasetError(f"format 'auto': {_columns_of(row)}; {'; '.join(wants)}; columns wants prompt= and response=.")
 
 
