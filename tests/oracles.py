@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 
-def ids_by_oracle(
-    family_name: str, conversations: dict[str, list[dict[str, Any]]], cache: Path
-) -> dict[str, list[int]]:
+def ids_by_oracle(family_name: str, conversations: dict[str, list[dict[str, Any]]], cache: Path) -> dict[str, list[int]]:
     """Ids of every conversation; a picture is written as {"type": "image", "size": [width, height]}."""
     from real_vocab import VOCABULARIES, made_once, pip
 
@@ -51,9 +49,7 @@ def mllama(conversations: dict[str, list[dict[str, Any]]]) -> dict[str, list[int
     def content(parts: str | list[dict[str, Any]]) -> Any:
         if isinstance(parts, str):
             return parts
-        return [
-            RawTextItem(text=p["text"]) if p["type"] == "text" else RawMediaItem(data=png(p["size"])) for p in parts
-        ]
+        return [RawTextItem(text=p["text"]) if p["type"] == "text" else RawMediaItem(data=png(p["size"])) for p in parts]
 
     def png(size: list[int]) -> bytes:
         file = io.BytesIO()
@@ -93,8 +89,7 @@ def pixtral(conversations: dict[str, list[dict[str, Any]]]) -> dict[str, list[in
         if isinstance(parts, str):
             return parts
         return [
-            TextChunk(text=p["text"]) if p["type"] == "text" else ImageChunk(image=Image.new("RGB", p["size"]))
-            for p in parts
+            TextChunk(text=p["text"]) if p["type"] == "text" else ImageChunk(image=Image.new("RGB", p["size"])) for p in parts
         ]
 
     def ids(messages: list[dict[str, Any]]) -> list[int]:

@@ -92,9 +92,7 @@ def real_processor(family_name: str, cache: Path | None = None) -> Any:
     # a processor made by another version of transformers or of this file is built anew
     key = hashlib.sha256(f"{__version__} {sys.version_info[:2]}".encode() + Path(__file__).read_bytes()).hexdigest()
     directory = cache / f"{family_name}-{key[:12]}"
-    made_once(
-        directory, lambda target: BUILDERS[family_name](vocabulary_file(family_name, cache)).save_pretrained(target)
-    )
+    made_once(directory, lambda target: BUILDERS[family_name](vocabulary_file(family_name, cache)).save_pretrained(target))
     processor = AutoProcessor.from_pretrained(directory, local_files_only=True)
     processor.chat_template = checkpoint_template(family_name)
     return processor

@@ -61,9 +61,7 @@ def make_processor(kind: str) -> Any:
         image_processor = transformers.MllamaImageProcessor(size={"height": 28, "width": 28}, max_image_tiles=4)
         return transformers.MllamaProcessor(image_processor, tokenizer)
     if kind == "pixtral":
-        image_processor = transformers.PixtralImageProcessor(
-            size={"longest_edge": 64}, patch_size={"height": 16, "width": 16}
-        )
+        image_processor = transformers.PixtralImageProcessor(size={"longest_edge": 64}, patch_size={"height": 16, "width": 16})
         return transformers.PixtralProcessor(image_processor, tokenizer, patch_size=16)
     if kind == "smolvlm":
         template = (TRL_TEMPLATES / "smolvlm.jinja").read_text()
@@ -88,9 +86,7 @@ def make_model(kind: str, vocabulary: int, tokenizer: Any) -> torch.nn.Module:
             parameter.data.fill_(1.0)  # closed at birth: no picture would be seen
         if "merger" in name or "patch_embed" in name:
             parameter.data.mul_(8)
-    ids = [
-        tokenizer.convert_tokens_to_ids(token) for token in ENDS["qwen2_vl" if kind == "qwen2_5_vl" else kind] if token
-    ]
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in ENDS["qwen2_vl" if kind == "qwen2_5_vl" else kind] if token]
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ids[-1]
     return model

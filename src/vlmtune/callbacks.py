@@ -14,13 +14,13 @@ from vlmtune import evaluation
 from vlmtune.collator import MultimodalCollator
 from vlmtune.console import console, progress
 
-SHOWN = {  # what the console shows of the trainer's log, in this order
-    "loss": ("loss", ".4f"),
-    "learning_rate": ("lr", ".2e"),
-    "mean_token_accuracy": ("token accuracy", ".1%"),
-    "tokens_per_second": ("tokens/s", ",.0f"),
-    "eval_loss": ("eval loss", ".4f"),
-    "eval_mean_token_accuracy": ("eval token accuracy", ".1%"),
+SHOWN = {  # what the console shows of the trainer's log, in this order; short enough for 80 columns
+    "loss": "loss {:.4f}",
+    "learning_rate": "lr {:.1e}",
+    "mean_token_accuracy": "accuracy {:.1%}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "eval_loss": "eval loss {:.4f}",
+    "eval_mean_token_accuracy": "eval accuracy {:.1%}",
 }
 
 
@@ -36,9 +36,10 @@ class ProgressBar(TrainerCallback):
         self._bar.update(self._task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
-        figures = [f"{name} {logs[key]:{form}}" for key, (name, form) in SHOWN.items() if key in (logs or {})] if logs else []
+        figures = [shape.format(logs[key]) for key, shape in SHOWN.items() if key in logs] if logs else []
         if figures and state.is_world_process_zero:
-            console.print(f"step {state.global_step:>5}  epoch {state.epoch or 0:.2f}  " + "  ".join(figures), highlight=False)
+            line = "  ".join([f"step {state.global_step}", f"epoch {state.epoch or 0:.2f}", *figures])
+            console.print(line, highlight=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._bar.stop()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -149,10 +149,9 @@ def keep_training_layout(model: nn.Module) -> None:
     and training afterwards is wrong: lost gradients, or an error about a view of a leaf.
     https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bitsandbytes/nn/modules.py (`Linear4bit.forward`)
     """
-    modules: Iterable[Any] = model.modules()
-    for module in modules:
+    for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            vars(module)["support_avx512bf16_for_cpu"] = False
 
 
 def add_adapter(base: PreTrainedModel, family: Family, lora: LoraSection) -> PeftModel:

@@ -241,8 +241,11 @@ def _short_rows(
     all_dropped, limit = dict(dropped), prompter.max_length
 
     def short(rows: Rows) -> Rows:
-        lengths = {position: prompter.length(rows[position]) for position in bar(range(len(rows)), "Counting tokens")}
-        long = {p: f"{n} tokens, and the limit is {prompter.max_length}" for p, n in lengths.items() if n > prompter.max_length}
+        long: dict[int, str] = {}
+        for position in bar(range(len(rows)), "Counting tokens"):
+            length = prompter.length(rows[position])
+            if limit is not None and length > limit:
+                long[position] = f"{length} tokens, and the limit is {limit}"
         all_dropped.update({rows.name(position): reason for position, reason in long.items()})
         return without(rows, long, policy="drop", hint="all are too long")
 
@@ -422,7 +425,7 @@ def _show_decisions(
     for count in parameter_counts(model, family):
         rows[count.part] = f"{count.trainable:,} of {count.total:,} parameters trainable ({count.dtypes})"
     rows |= {
-        "rows": f"{len(train_rows)} to train on, {len(held_out) if held_out is not None else 0} held out, {len(dropped)} dropped",
+        "rows": f"{len(train_rows)} to train on, {len(held_out or [])} held out, {len(dropped)} dropped",
         "loss on": "prompts and answers" if recipe.train_on_inputs else "answers and their stop token",
         "stop token": prompter.tokenizer.convert_ids_to_tokens(prompter.stop_token_id),
         "batch": f"{batch} rows: {args.per_device_train_batch_size} × {args.gradient_accumulation_steps} accumulated × {world}",
