@@ -248,6 +248,17 @@ def use_checkpointing(model: PeftModel, every_n_layers: int = 1) -> None:
     base.disable_input_require_grads()
 
 
+def match_adapter_dtype(model: PeftModel, dtype: torch.dtype) -> None:
+    """Gives a float32 model its float32 adapter back, which TRL casts to bfloat16 wherever the base is quantised.
+
+    A bfloat16 adapter suits bfloat16 compute; under float32 it would answer otherwise than after it is saved and loaded.
+    https://github.com/huggingface/trl/blob/main/trl/trainer/sft_trainer.py ("When using QLoRA, ...")
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and dtype == torch.float32:
+            parameter.data = parameter.data.float()
+
+
 def _origin(section: ModelSection) -> Mapping[str, Any]:
     return {"revision": section.revision or "main", "trust_remote_code": section.trust_remote_code}
 

@@ -21,10 +21,14 @@ from vlmtune.errors import RecipeError
 from vlmtune.plugins import did_you_mean
 
 Path_ = tuple[str, ...]
+# fields of trl.SFTConfig whose type says less than what works; max_steps is -1 where epochs count
+POSITIVE = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size")
+POSITIVE += ("gradient_accumulation_steps", "max_length", "logging_steps", "eval_steps", "save_steps", "save_total_limit")
+NOT_NEGATIVE = ("weight_decay", "max_grad_norm", "warmup_steps", "warmup_ratio", "dataloader_num_workers", "seed")
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -141,6 +145,8 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: An
     text = _read(Path(recipe)) if isinstance(recipe, str | Path) else None
     where = str(recipe) if text is not None else "recipe"
     values = recipe.model_dump() if isinstance(recipe, Recipe) else recipe
+    if not isinstance(values, str | Path | Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  (a notebook passes anything)
+        raise RecipeError(f"a recipe is a file's path, a mapping or a Recipe, not a {type(recipe).__name__}")
     try:
         config = OmegaConf.create(text if text is not None else dict(values))  # type: ignore[arg-type]
         for key, value in overrides.items():
@@ -149,7 +155,10 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: An
     except yaml.YAMLError as error:
         raise RecipeError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
     except (OmegaConfBaseException, ValueError) as error:
-        raise RecipeError(f"{where}: {str(error).splitlines()[0]}") from None
+        key = getattr(error, "full_key", None)
+        raise RecipeError(f"{where}: {f'`{key}`: ' if key else ''}{str(error).splitlines()[0]}") from None
+    except AssertionError:  # a document that is a number or a date
+        content = None
     if not isinstance(content, dict):
         raise RecipeError(f"{where} holds no recipe: keys such as `model` and `data` are missing")
     try:
@@ -165,20 +174,29 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: An
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     """`["train.learning_rate=1e-4"]` → `{"train.learning_rate": 0.0001}`; values are read as YAML.
 
+    A text without quotes stays as it is, with its colons, `#` and braces: `data.prompt=Describe {Product Name}.`
+
     Raises:
-        RecipeError: an argument has no `=`.
+        RecipeError: an argument is not of the form `key.path=value`.
 
     """
     overrides: dict[str, Any] = {}
     for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals or not key:
+        key, equals, text = argument.partition("=")
+        if not equals or not all(key.split(".")):
             raise RecipeError(f"override {argument!r} is not of the form key.path=value")
         try:
-            overrides[key] = OmegaConf.to_container(OmegaConf.create(f"value: {value}"))["value"]  # type: ignore[index]
+            value = OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]  # type: ignore[index]
         except (yaml.YAMLError, OmegaConfBaseException):  # a plain text with a colon or a bracket
-            overrides[key] = value
+            value = text
+        plain = isinstance(value, str) and text[:1] not in ("'", '"')
+        overrides[key] = text if plain or _is_template(value) else value
     return overrides
+
+
+def _is_template(value: Any) -> bool:
+    """Whether YAML has read `{Product Name}` as a mapping."""
+    return isinstance(value, dict) and bool(value) and all(name is None for name in value.values())  # pyright: ignore
 
 
 def _read(path: Path) -> str:
@@ -207,9 +225,17 @@ def _train_mistakes(train: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield key, f"is not a field of trl.SFTConfig.{did_you_mean(key, names)}"
             continue
         try:
-            TypeAdapter(types[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+            rules = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
+            checked = TypeAdapter(types[key], config=rules).validate_python(value)
         except ValidationError as error:
             yield key, f"is {value!r}: {error.errors()[0]['msg'].lower()}"
+            continue
+        if key in POSITIVE and checked is not None and checked <= 0:
+            yield key, f"is {value!r}: input should be greater than 0"
+        if key in NOT_NEGATIVE and checked is not None and checked < 0:
+            yield key, f"is {value!r}: input should be 0 or more"
+        if key == "max_steps" and checked != -1 and checked <= 0:
+            yield key, f"is {value!r}: input should be greater than 0, or -1 to go by num_train_epochs"
 
 
 def _describe(error: ValidationError) -> Iterator[tuple[Path_, str]]:
@@ -227,6 +253,10 @@ def _message(details: ErrorDetails, path: Path_) -> str:
             return "is missing"
         case "recipe":
             return details["msg"]
+        case "model_type":
+            return f"is {details['input']!r}: a section is wanted, with keys such as `{_keys_beside((*path, ''))[0]}`"
+        case "string_type" if _is_template(details["input"]):
+            return f"is {details['input']!r}: put the text in quotes, or YAML reads its braces as a mapping"
         case _:
             return f"is {details['input']!r}: {details['msg'][0].lower()}{details['msg'][1:]}"
 

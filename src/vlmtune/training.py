@@ -31,7 +31,14 @@ from vlmtune.errors import ModelError, OutputError, RecipeError, VlmtuneError
 from vlmtune.evaluation import Comparison
 from vlmtune.families import Family
 from vlmtune.merge import load_merged, merge_adapter
-from vlmtune.model import Processor, compute_dtype, load_model, parameter_counts, use_checkpointing
+from vlmtune.model import (
+    Processor,
+    compute_dtype,
+    load_model,
+    match_adapter_dtype,
+    parameter_counts,
+    use_checkpointing,
+)
 from vlmtune.output import claim, disk_errors, last_checkpoint, whole, write_json
 from vlmtune.recipe import Recipe, load_recipe
 
@@ -297,6 +304,7 @@ def _trainer(
         )
     except ValueError as error:
         raise RecipeError(f"`train` section: {' '.join(str(error).split())}") from error
+    match_adapter_dtype(model, compute_dtype(recipe.model))
     if ProgressCallback in map(type, trainer.callback_handler.callbacks):  # in a notebook the trainer shows a table
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ProgressBar())

@@ -1,0 +1,110 @@
+"""Each family learns, is written, read back, resumed, and trained by two processes, and nothing changes on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny import KINDS
+
+from vlmtune import MultimodalCollator, finetune, load_model, load_recipe
+from vlmtune.merge import merge_adapter
+from vlmtune.model import load_base, load_processor
+from vlmtune.training import Run
+
+MakeRecipe = Callable[..., dict[str, Any]]
+QUANTIZATIONS = ("none", "nf4")
+
+
+def losses(run: Run) -> list[float]:
+    return [entry["loss"] for entry in run.history if "loss" in entry]
+
+
+def logits(model: Any, run: Run) -> torch.Tensor:
+    batch = run.prompter([run.train_rows[position] for position in range(4)])
+    batch.pop("labels")
+    with torch.no_grad():
+        return model.eval()(**batch).logits.float()
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_falls_the_adapter_reloads_and_the_merged_model_answers_the_same(
+    recipe: MakeRecipe, tmp_path: Path, kind: str, quantization: str
+) -> None:
+    run = finetune(recipe(kind, **{"model.quantization": quantization, "train.max_steps": 25, "train.save_strategy": "no"}))
+    assert losses(run)[-1] < 0.6 * losses(run)[0]
+
+    base = load_base(run.recipe.model, run.family)
+    reloaded = PeftModel.from_pretrained(base, str(run.adapter_dir))
+    assert torch.equal(logits(reloaded, run), logits(run.model, run))
+
+    report = merge_adapter(run.adapter_dir, tmp_path / "merged")
+    assert report.largest_difference <= 1e-4
+    assert report.modules == sum("lora_A" in name for name, _ in run.model.named_parameters())
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_goes_on_counting_and_ends_like_an_uninterrupted_one(
+    recipe: MakeRecipe, tmp_path: Path, kind: str, quantization: str
+) -> None:
+    settings = {
+        "model.quantization": quantization,
+        "lora.dropout": 0.1,  # the random state must come back too
+        "train.max_steps": 6,
+        "train.save_strategy": "steps",
+        "train.save_steps": 4,
+    }
+    whole = finetune(recipe(kind, **settings, **{"train.output_dir": str(tmp_path / "whole")}))
+    stopped = recipe(kind, **settings, **{"train.output_dir": str(tmp_path / "stopped")})
+    with pytest.raises(KeyboardInterrupt):
+        finetune(stopped, collator=Interrupted(whole.prompter, after=5))
+    resumed = finetune(stopped, resume=True)
+    assert resumed.trainer.state.global_step == 6
+    assert losses(resumed) == losses(whole)
+    assert torch.equal(logits(resumed.model, whole), logits(whole.model, whole))
+
+
+class Interrupted:
+    """A collator whose user presses Ctrl-C after some batches."""
+
+    def __init__(self, collator: MultimodalCollator, after: int) -> None:
+        self.collator, self.left = collator, after
+
+    def __call__(self, rows: Any) -> dict[str, torch.Tensor]:
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return self.collator(rows)
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_end_at_the_loss_of_one(recipe: MakeRecipe, tmp_path: Path, kind: str, quantization: str) -> None:
+    settings = {"model.quantization": quantization, "train.max_steps": 4, "train.save_strategy": "no"}
+    one = finetune(recipe(kind, **settings, **{"train.output_dir": str(tmp_path / "one")}))
+    two = recipe(
+        kind, **settings, **{"train.output_dir": str(tmp_path / "two"), "train.per_device_train_batch_size": 2}
+    )
+    (tmp_path / "two.yaml").write_text(load_recipe(two).to_yaml())
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    done = subprocess.run(
+        [*command, "-m", "vlmtune.run", str(tmp_path / "two.yaml")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    history = json.loads((tmp_path / "two" / "history.json").read_text())["log"]
+    assert [entry["loss"] for entry in history if "loss" in entry] == pytest.approx(losses(one), rel=1e-3)
