@@ -92,9 +92,7 @@ class Interrupted:
 def test_two_processes_end_at_the_loss_of_one(recipe: MakeRecipe, tmp_path: Path, kind: str, quantization: str) -> None:
     settings = {"model.quantization": quantization, "train.max_steps": 4, "train.save_strategy": "no"}
     one = finetune(recipe(kind, **settings, **{"train.output_dir": str(tmp_path / "one")}))
-    two = recipe(
-        kind, **settings, **{"train.output_dir": str(tmp_path / "two"), "train.per_device_train_batch_size": 2}
-    )
+    two = recipe(kind, **settings, **{"train.output_dir": str(tmp_path / "two"), "train.per_device_train_batch_size": 2})
     (tmp_path / "two.yaml").write_text(load_recipe(two).to_yaml())
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
     command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]

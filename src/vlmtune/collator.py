@@ -106,7 +106,9 @@ class MultimodalCollator:
                     self._process([conversation], **options)
                 except Exception as own:
                     reason = " ".join(str(own).split()) or type(own).__name__
-                    raise DatasetError(f"{_name(row, place)}: the model's processor refuses it: {reason}") from own
+                    sizes = ", ".join(_picture_sizes(conversation))
+                    seen = f" (its pictures have {sizes} pixels)" if sizes else ""
+                    raise DatasetError(f"{_name(row, place)}: the model's processor refuses it{seen}: {reason}") from own
             raise error
 
     def _process(
@@ -148,10 +150,11 @@ class MultimodalCollator:
         """The row's messages, every picture decoded."""
 
         def decoded(part: Mapping[str, Any]) -> dict[str, Any]:
+            if part["type"] != "text" and not self.family.takes_images:
+                kind = {"image": "picture"}.get(part["type"], part["type"])
+                raise DatasetError(f"{_name(row, place)} has a {kind}, and {self.family.name} models take none")
             if part["type"] != "image":
                 return dict(part)
-            if not self.family.takes_images:
-                raise DatasetError(f"{_name(row, place)} has a picture, and {self.family.name} models take none")
             try:
                 return {"type": "image", "image": load_image(part["image"])}
             except ImageError as error:
@@ -231,6 +234,11 @@ def _shipped_by_trl(own: str) -> str | None:
         if original.exists() and original.read_text(encoding="utf-8") == own:
             return training.read_text(encoding="utf-8")
     return None
+
+
+def _picture_sizes(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+    pictures = [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
+    return [f"{picture.width}×{picture.height}" for picture in pictures]
 
 
 def _name(row: Row, place: int) -> str:

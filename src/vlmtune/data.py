@@ -22,7 +22,13 @@ from vlmtune.messages import format_messages
 from vlmtune.recipe import DataSection
 
 Row = Mapping[str, Any]
-READERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
+READERS: dict[str, dict[str, Any]] = {  # arguments of datasets.load_dataset
+    ".parquet": {"path": "parquet"},
+    ".csv": {"path": "csv"},
+    ".tsv": {"path": "csv", "sep": "\t"},
+    ".arrow": {"path": "arrow"},
+}
+NO_SPLIT = "hold rows out with data.eval_source, data.eval_fraction or data.eval_rows"
 SHOWN = 5  # wrong rows that an error names
 
 
@@ -138,6 +144,8 @@ def _open(section: DataSection, source: str, split: str) -> Rows:
     template = {name: getattr(section, name) for name in ("format", "system", "prompt", "response", "images")}
     if path.suffix in {".json", ".jsonl"}:
         content: Sequence[Row] = _read_json(path)
+        if split != "train":
+            raise DatasetError(f"data source {path} is one file and has no split {split!r}: {NO_SPLIT}")
     elif path.is_file() and path.suffix not in READERS:
         known = ", ".join([".jsonl", ".json", *READERS])
         raise DatasetError(f"data source {path} is a {path.suffix or 'file without suffix'}; files of {known} can be read")
@@ -153,7 +161,7 @@ def _open(section: DataSection, source: str, split: str) -> Rows:
 def _read_json(path: Path) -> list[Row]:
     """Rows of a .jsonl or .json file, as Python has them: Arrow would refuse columns whose rows differ in type."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise DatasetError(f"data source {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -163,18 +171,22 @@ def _read_json(path: Path) -> list[Row]:
     rows: list[Row] = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise DatasetError(f"line {number} of {path} is not JSON: {error.msg} at column {error.colno}") from None
+            rows.append(_json(line, f"line {number} of {path}"))
     return rows
 
 
-def _json_array(path: Path, text: str) -> list[Row]:
+def _json(text: str, where: str) -> Any:
     try:
-        content = json.loads(text)
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise DatasetError(f"{path} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
+        place = f"column {error.colno}" if "\n" not in text else f"line {error.lineno}, column {error.colno}"
+        raise DatasetError(f"{where} is not JSON: {error.msg.removesuffix(' at')} at {place}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise DatasetError(f"{where} cannot be read as JSON: {error}") from None
+
+
+def _json_array(path: Path, text: str) -> list[Row]:
+    content = _json(text, str(path))
     if isinstance(content, dict) and isinstance(content.get("data"), list):
         content = content["data"]
     if not isinstance(content, list):
@@ -185,18 +197,25 @@ def _json_array(path: Path, text: str) -> list[Row]:
 def _read_dataset(path: Path, source: str, split: str) -> Sequence[Row]:
     try:
         if path.is_file():
-            dataset = datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train")
+            dataset = datasets.load_dataset(**READERS[path.suffix], data_files=str(path), split=split)
         elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             dataset = datasets.load_from_disk(str(path))
         else:
             dataset = datasets.load_dataset(source, split=split)
         if isinstance(dataset, datasets.DatasetDict):
             dataset = dataset[split]
+        elif dataset.split is None and split != "train":  # saved without a name
+            raise KeyError(split)
     except KeyError:
-        raise DatasetError(f"data source {source} has no split {split!r}") from None
+        raise DatasetError(f"data source {source} has no split {split!r}: {NO_SPLIT}") from None
     except Exception as error:  # datasets raises errors of a dozen kinds, and the messages are what matters
-        kind = "directory" if path.is_dir() else "file" if path.is_file() else "file, directory or data set on the hub"
-        raise DatasetError(f"data source {source}: no such {kind} can be read: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error.__cause__ or error).split())
+        if reason.startswith("Unknown split"):
+            raise DatasetError(f"data source {source} has no split {split!r}: {NO_SPLIT}") from None
+        if "corresponds to no data" in reason or "BatchSize must be greater than 0" in reason:  # a header, and no rows
+            return []
+        found = "cannot be read" if path.exists() else "is no file, no directory and no data set on the hub"
+        raise DatasetError(f"data source {source} {found}: {reason}") from error
     for name, feature in dataset.features.items():
         if isinstance(feature, datasets.Image):
             dataset = dataset.cast_column(name, datasets.Image(decode=False))

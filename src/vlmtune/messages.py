@@ -32,6 +32,7 @@ IMAGE_COLUMNS = ("images", "image")
 
 # LLaVA writes "<image>\nWhat is this?": one newline belongs to the placeholder, the one after it or else the one before
 PLACEHOLDER = re.compile(r"<image>\n|\n<image>(?!\n)|<image>")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write one, and no tokenizer can read it
 TEMPLATE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 
@@ -238,6 +239,8 @@ def _check_contents(messages: Sequence[Message]) -> None:
             what = "the answer" if message["role"] == "assistant" else "the user's text"
             raise DatasetError(f"{what} is empty in turn {number}.")
         message["content"] = [part for part in message["content"] if part.get("text") != ""]
+        if any(LONE_SURROGATE.search(part.get("text", "")) for part in message["content"]):
+            raise DatasetError(f"the text of turn {number} holds half of a UTF-16 pair, which is no character.")
 
 
 def _says_something(message: Message) -> bool:
@@ -280,6 +283,8 @@ def _pictures(value: Any, where: str) -> Iterator[Any]:
         yield os.fspath(value)
     elif isinstance(value, Mapping):
         key = next((key for key in IMAGE_KEYS if not _is_null(value.get(key))), "image")
+        if key not in value and not all(_is_null(each) for each in value.values()):
+            raise DatasetError(f"{where} holds a mapping without a picture, wanted one of {', '.join(IMAGE_KEYS)} in it.")
         found = value.get(key)
         bare = key == "base64" and isinstance(found, str) and not found.startswith("data:")
         yield from _pictures(f"data:image/*;base64,{found}" if bare else found, where)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,7 +171,9 @@ def add_adapter(base: PreTrainedModel, family: Family, lora: LoraSection) -> Pef
         use_dora=lora.use_dora,
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(base, config)
+    with warnings.catch_warnings():  # peft 0.21 asks for transformers' `is_gradient_checkpointing` by its old name
+        warnings.simplefilter("ignore", FutureWarning)
+        model = get_peft_model(base, config)
     assert isinstance(model, PeftModel)
     keep_training_layout(model)
     return model

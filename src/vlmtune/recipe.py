@@ -22,9 +22,11 @@ from vlmtune.plugins import did_you_mean
 
 Path_ = tuple[str, ...]
 # fields of trl.SFTConfig whose type says less than what works; max_steps is -1 where epochs count
-POSITIVE = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size")
-POSITIVE += ("gradient_accumulation_steps", "max_length", "logging_steps", "eval_steps", "save_steps", "save_total_limit")
-NOT_NEGATIVE = ("weight_decay", "max_grad_norm", "warmup_steps", "warmup_ratio", "dataloader_num_workers", "seed")
+POSITIVE = {
+    *("learning_rate", "num_train_epochs", "max_length", "logging_steps", "eval_steps", "save_steps", "save_total_limit"),
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+}
+NOT_NEGATIVE = {"weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers", "seed"}
 
 
 class Section(BaseModel):
@@ -230,12 +232,17 @@ def _train_mistakes(train: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         except ValidationError as error:
             yield key, f"is {value!r}: {error.errors()[0]['msg'].lower()}"
             continue
-        if key in POSITIVE and checked is not None and checked <= 0:
-            yield key, f"is {value!r}: input should be greater than 0"
-        if key in NOT_NEGATIVE and checked is not None and checked < 0:
-            yield key, f"is {value!r}: input should be 0 or more"
-        if key == "max_steps" and checked != -1 and checked <= 0:
-            yield key, f"is {value!r}: input should be greater than 0, or -1 to go by num_train_epochs"
+        if isinstance(checked, int | float) and (wanted := _out_of_range(key, checked)):
+            yield key, f"is {value!r}: input should be {wanted}"
+
+
+def _out_of_range(key: str, value: float) -> str:
+    """What a field of SFTConfig should be, where this number does not do; else nothing."""
+    if key in POSITIVE and value <= 0:
+        return "greater than 0"
+    if key in NOT_NEGATIVE and value < 0:
+        return "0 or more"
+    return "greater than 0, or -1 to go by num_train_epochs" if key == "max_steps" and value <= 0 and value != -1 else ""
 
 
 def _describe(error: ValidationError) -> Iterator[tuple[Path_, str]]:

@@ -196,7 +196,7 @@ def sft_config(recipe: Recipe) -> SFTConfig:
         "include_num_input_tokens_seen": "non_padding",
         "remove_unused_columns": False,  # the collator needs the messages
         "dataset_kwargs": {"skip_prepare_dataset": True},
-        "gradient_checkpointing": False,  # model.use_checkpointing does it, without hooks on the vision tower
+        "activation_checkpointing": False,  # model.use_checkpointing does it, without hooks on the vision tower
         "report_to": [name for name in _listed(given.get("report_to", "tensorboard")) if name not in ("tensorboard", "none")],
     }
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and defaults["use_cpu"]:

@@ -1,0 +1,44 @@
+import subprocess
+import sys
+
+import vlmtune
+
+
+def test_the_public_names_are_these() -> None:
+    assert vlmtune.__all__ == [
+        "DatasetError",
+        "Family",
+        "ImageError",
+        "ModelError",
+        "MultimodalCollator",
+        "OutputError",
+        "Recipe",
+        "RecipeError",
+        "Run",
+        "VlmtuneError",
+        "finetune",
+        "format_messages",
+        "load_model",
+        "load_recipe",
+        "merge_adapter",
+    ]
+    for name in vlmtune.__all__:
+        assert getattr(vlmtune, name).__name__ == name
+
+
+def test_importing_vlmtune_is_quick_and_brings_no_torch() -> None:
+    code = "import sys, time; t = time.perf_counter(); import vlmtune; print(time.perf_counter() - t, 'torch' in sys.modules)"
+    seconds, torch = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+    assert float(seconds) < 0.3
+    assert torch == "False"
+
+
+def test_messages_and_recipes_bring_no_torch() -> None:
+    code = "import sys; from vlmtune import format_messages, load_recipe, Recipe; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
+def test_the_command_lines_say_how_they_are_used() -> None:
+    for module in ("vlmtune.run", "vlmtune.merge", "vlmtune"):
+        help_text = subprocess.check_output([sys.executable, "-m", module, "--help"], text=True)
+        assert "Usage" in help_text
