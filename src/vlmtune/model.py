@@ -9,13 +9,15 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -61,7 +63,7 @@ def load_processor(recipe: Recipe, *, family: Family | str | None = None) -> tup
     kind = "processor" if found.takes_images else "tokenizer"
     try:
         processor: Processor = auto.from_pretrained(section.name, **_origin(section))
-    except (OSError, ValueError, TypeError, ImportError) as error:
+    except Exception as error:  # tokenizers raises the bare class, transformers a handful
         raise ModelError(f"{section.name} has no usable {kind}: {_one_line(error)}") from error
     if found.takes_images and not hasattr(processor, "image_processor"):
         raise ModelError(
@@ -101,7 +103,7 @@ def load_base(section: ModelSection, family: Family) -> PreTrainedModel:
             quantization_config=quantization_config(section, family, dtype),
             **_origin(section),
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model {section.name} cannot be loaded: {_one_line(error)}") from error
     keep_training_layout(model)
     return model.requires_grad_(False)
@@ -171,12 +173,19 @@ def add_adapter(base: PreTrainedModel, family: Family, lora: LoraSection) -> Pef
         use_dora=lora.use_dora,
         task_type="CAUSAL_LM",
     )
-    with warnings.catch_warnings():  # peft 0.21 asks for transformers' `is_gradient_checkpointing` by its old name
-        warnings.simplefilter("ignore", FutureWarning)
+    with old_names_allowed():
         model = get_peft_model(base, config)
     assert isinstance(model, PeftModel)
     keep_training_layout(model)
     return model
+
+
+@contextmanager
+def old_names_allowed() -> Generator[None]:
+    """Silences the warning that peft 0.21 asks for transformers' `is_gradient_checkpointing` by that old name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def lora_targets(model: nn.Module, family: Family, lora: LoraSection) -> str:
@@ -246,19 +255,22 @@ def use_checkpointing(model: PeftModel, every_n_layers: int = 1) -> None:
     would keep its activations for gradients that nobody uses.
     https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_utils.py (`enable_input_require_grads`)
     """
+    if every_n_layers < 1:
+        raise RecipeError(f"`train.gradient_checkpointing_kwargs.every_n_layers` is {every_n_layers}: it should be 1 or more")
     base: Any = model.get_base_model()
     base.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every_n_layers)
     base.disable_input_require_grads()
 
 
 def match_adapter_dtype(model: PeftModel, dtype: torch.dtype) -> None:
-    """Gives a float32 model its float32 adapter back, which TRL casts to bfloat16 wherever the base is quantised.
+    """Gives the adapter its float32 back unless all is computed in bfloat16; TRL casts it to that on every quantised base.
 
-    A bfloat16 adapter suits bfloat16 compute; under float32 it would answer otherwise than after it is saved and loaded.
+    Under float32 a bfloat16 adapter would answer otherwise than after it is saved and loaded; and under float16 the
+    gradient scaler takes no bfloat16 gradients.
     https://github.com/huggingface/trl/blob/main/trl/trainer/sft_trainer.py ("When using QLoRA, ...")
     """
     for parameter in model.parameters():
-        if parameter.requires_grad and dtype == torch.float32:
+        if parameter.requires_grad and dtype != torch.bfloat16:
             parameter.data = parameter.data.float()
 
 
@@ -267,4 +279,6 @@ def _origin(section: ModelSection) -> Mapping[str, Any]:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    """The error's text in one line, cut where a list of everything there is begins to fill the screen."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 400 else f"{text[:400]}…"

@@ -33,6 +33,8 @@ def claim(directory: Path, *, overwrite: bool = False, mark: str = "recipe.yaml"
         return
     except NotADirectoryError:
         raise OutputError(f"output directory {directory} is a file: name a directory") from None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        raise OutputError(f"output directory {directory} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not content:
         return
     if not overwrite:
@@ -85,12 +87,19 @@ def disk_errors(directory: Path) -> Generator[None]:
         full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "file write failed" in text
         if full:
             free = shutil.disk_usage(_existing(directory)).free / 2**20
+            then = "resume" if last_checkpoint(directory) else "start again"
             raise OutputError(
-                f"the disk is full while writing {directory} ({free:.0f} MiB free): make room and resume"
+                f"the disk is full while writing {directory} ({free:.0f} MiB free): make room and {then}"
             ) from error
-        if isinstance(error, PermissionError):
-            raise OutputError(f"{error.filename or directory} cannot be written: {error.strerror}") from error
+        if isinstance(error, PermissionError) or number == errno.EROFS or _meets(error, directory):
+            raise OutputError(f"{error.filename or directory} cannot be written: {error.strerror}") from error  # type: ignore[attr-defined]
         raise
+
+
+def _meets(error: Exception, directory: Path) -> bool:
+    """Whether it is the directory itself, or one above it, that the system could not make."""
+    name = getattr(error, "filename", None)
+    return name is not None and Path(str(name)) in (directory, *directory.parents)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -102,7 +111,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def last_checkpoint(directory: Path) -> Path | None:
     """The newest checkpoint of a run that was written to its end."""
-    found = sorted(directory.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    numbered = [path for path in directory.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    found = sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]))
     whole_ones = [path for path in found if _is_json(path / "trainer_state.json")]  # the trainer writes it last
     return whole_ones[-1] if whole_ones else None
 

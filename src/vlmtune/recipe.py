@@ -26,7 +26,15 @@ POSITIVE = {
     *("learning_rate", "num_train_epochs", "max_length", "logging_steps", "eval_steps", "save_steps", "save_total_limit"),
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
 }
-NOT_NEGATIVE = {"weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers", "seed"}
+NOT_NEGATIVE = {
+    "weight_decay",
+    "max_grad_norm",
+    "warmup_steps",
+    "dataloader_num_workers",
+    "seed",
+    "data_seed",
+    "neftune_noise_alpha",
+}
 
 
 class Section(BaseModel):
@@ -68,7 +76,7 @@ class DataSection(Section):
 
 
 class ImagesSection(Section):
-    min_pixels: int | None = Field(default=None, gt=0)  # areas: 256 * 28 * 28 pixels are 256 tokens of Qwen2-VL
+    min_pixels: int | None = Field(default=None, gt=0, le=2**26)  # areas: 256 * 28 * 28 pixels are 256 tokens of Qwen2-VL
     max_pixels: int | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
@@ -242,6 +250,8 @@ def _out_of_range(key: str, value: float) -> str:
         return "greater than 0"
     if key in NOT_NEGATIVE and value < 0:
         return "0 or more"
+    if key in ("seed", "data_seed") and value >= 2**32:
+        return "below 2**32"
     return "greater than 0, or -1 to go by num_train_epochs" if key == "max_steps" and value <= 0 and value != -1 else ""
 
 
