@@ -8,6 +8,10 @@ PYTEST_FLAGS ?=
 # for vlmtune.run, such as DEMO_FLAGS="train.seed=1"
 DEMO_FLAGS ?=
 
+# two threads are enough for small models; on busy cores OpenMP's threads should sleep where they would spin
+export OMP_NUM_THREADS ?= 2
+export OMP_WAIT_POLICY ?= passive
+
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 

@@ -13,7 +13,7 @@ from PIL import Image
 from pydantic import BaseModel
 from transformers import AutoProcessor
 
-from vlmtune import Family, Recipe, load_recipe
+from vlmtune import Family, Recipe, load_recipe, merge_adapter
 from vlmtune.plugins import FAMILIES
 
 ROOT = Path(__file__).parents[1]
@@ -121,3 +121,28 @@ def test_make_targets_and_recipes_that_are_named_exist(page: Path):
     text = page.read_text()
     assert set(re.findall(r"(?:`|^)make ([a-z]+)", text, re.MULTILINE)) <= set(targets)
     assert [name for name in re.findall(r"recipes/\w+\.yaml", text) if not (ROOT / name).exists()] == []
+
+
+def test_python_of_the_readme_runs(
+    checkpoint: Callable[[str], Path], colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    train, use = blocks("README.md", "python")
+    rows = [{**json.loads(line), "Category": "Toys"} for line in colours.read_text().splitlines()]
+    (colours.parent / "products.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    values = {
+        "model.name": str(checkpoint("qwen2_vl")),
+        "data.source": str(colours.parent / "products.jsonl"),
+        "data.eval_rows": 2,
+        "eval.max_new_tokens": 4,
+        "train.max_steps": 1,
+        "train.tf32": False,  # needs a GPU
+    }
+    train = train.replace("recipes/", f"{ROOT}/recipes/").replace('{"data.eval_rows": 20}', repr(values))
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 30), "red").save("watch.png")
+    names: dict[str, Any] = {}
+    exec(train, names)
+    assert isinstance(names["run"].compare().to_html(), str)
+    merge_adapter("runs/qwen2vl_amazon", "merged/qwen2vl_amazon")
+    exec(use, names)
+    assert names["model"].config.model_type == "qwen2_vl"
