@@ -6,6 +6,7 @@
 Names are imported when they are first used (PEP 562), so that `import vlmtune` costs nothing.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from vlmtune.model import load_model
     from vlmtune.recipe import Recipe, load_recipe
     from vlmtune.training import Run, finetune
+
+# on CPUs it says at every import that an optional kernel for inference is missing, which training does not use
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _HOMES = {
     "DatasetError": "errors",

@@ -55,7 +55,7 @@ class MultimodalCollator:
         self.train_on_inputs = train_on_inputs
         self.max_length = max_length
         self.chat_template = training_template(processor, self.family, masked=not train_on_inputs)
-        self._image_token_ids = self.family.image_token_ids(processor)
+        self._never_trained = self.family.image_token_ids(processor) | self.family.video_token_ids(processor)
         if self.tokenizer.pad_token is None:  # safe: padding is told by the attention mask
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
@@ -69,7 +69,7 @@ class MultimodalCollator:
         if trained is not None:
             trained = self._answers(batch["input_ids"], trained, rows)
         batch["labels"] = make_labels(
-            batch["input_ids"], batch["attention_mask"], image_token_ids=self._image_token_ids, trained=trained
+            batch["input_ids"], batch["attention_mask"], image_token_ids=self._never_trained, trained=trained
         )
         self._check_lengths(batch["attention_mask"], rows)
         return batch

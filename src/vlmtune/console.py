@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -86,8 +85,6 @@ def command_line(**commands: Callable[..., None]) -> None:
     """
     import typer  # only where a command line is wanted
 
-    # on CPUs it says at import that an optional kernel for inference is missing, which trains nobody's model
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
     for name, command in commands.items():
         app.command(name)(command)

@@ -26,7 +26,7 @@ from vlmtune.collator import MultimodalCollator
 from vlmtune.console import bar, command_line, decisions
 from vlmtune.errors import ModelError
 from vlmtune.families import Family, find_family
-from vlmtune.model import compute_dtype, load_config
+from vlmtune.model import compute_dtype, load_config, old_names_allowed
 from vlmtune.output import claim, whole
 from vlmtune.recipe import ModelSection, load_recipe
 
@@ -130,7 +130,8 @@ def _load_whole(name: str, section: ModelSection, family: Family, dtype: str | N
 def _with_adapter(model: Any, adapter_dir: Path) -> PeftModel:
     """The model with the adapter, each of whose tensors has found its place."""
     try:
-        tuned = PeftModel.from_pretrained(model, str(adapter_dir))
+        with old_names_allowed():
+            tuned = PeftModel.from_pretrained(model, str(adapter_dir))
     except (ValueError, RuntimeError) as error:
         raise ModelError(f"the adapter in {adapter_dir} does not fit its base: {' '.join(str(error).split())[:300]}") from error
     saved = _adapter_tensors(adapter_dir)

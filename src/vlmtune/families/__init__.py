@@ -35,9 +35,14 @@ class Family:
         return config.model_type in self.model_types
 
     def image_token_ids(self, processor: Any) -> frozenset[int]:
-        """Ids of all tokens that stand for pictures or video; they are never trained on."""
+        """Ids of all tokens that stand for pictures; they are never trained on."""
         tokens = [token for name in self.image_tokens if (token := getattr(processor, name, None)) is not None]
         return token_ids(processor, tokens)
+
+    def video_token_ids(self, processor: Any) -> frozenset[int]:
+        """Ids of the tokens that stand for video; they are never trained on either."""
+        video = getattr(processor, "video_token", None)
+        return token_ids(processor, [video] if video else [])
 
     def lora_targets(self, names: Collection[str], scope: str) -> str:
         """Regex on module names for LoRA on the modules `names` within `scope`: language, vision or all."""

@@ -7,10 +7,9 @@ from typing import Any
 
 from vlmtune.families import Family, token_ids
 
-# what processors call the tokens that stand for pictures and video; taken from transformers' processors
+# what processors call the tokens that stand for pictures; taken from transformers' processors
 ATTRIBUTES = (
     "image_token",
-    "video_token",
     "boi_token",
     "eoi_token",
     "fake_image_token",

@@ -12,7 +12,7 @@ from vlmtune.families import Family, token_ids
 class Qwen2VL(Family):
     def image_token_ids(self, processor: Any) -> frozenset[int]:
         borders = ["<|vision_start|>", "<|vision_end|>"]  # not attributes of the processor
-        return token_ids(processor, [*borders, processor.image_token, processor.video_token])
+        return token_ids(processor, [*borders, processor.image_token])
 
     def set_pixels(self, processor: Any, *, min_pixels: int | None, max_pixels: int | None) -> None:
         # the edges are areas: transformers keeps Qwen2-VL's min_pixels and max_pixels under these names

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import KINDS
+
+from vlmtune import ModelError, OutputError, finetune, merge_adapter
+from vlmtune.training import Run
+
+MakeRecipe = Callable[..., dict[str, Any]]
+
+FRESH = """
+import sys, torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from vlmtune import MultimodalCollator
+from vlmtune.data import load_data
+from vlmtune.recipe import load_recipe
+merged, adapter, out = sys.argv[1:]
+model = AutoModelForImageTextToText.from_pretrained(merged)
+rows, _ = load_data(load_recipe(adapter + "/recipe.yaml").data)
+batch = MultimodalCollator(AutoProcessor.from_pretrained(merged))([rows[0], rows[1]])
+batch.pop("labels")
+torch.save(model(**batch).logits.detach(), out)
+"""
+
+
+@pytest.fixture
+def trained(recipe: MakeRecipe) -> Callable[..., Run]:
+    def train(kind: str = "qwen2_vl", **overrides: Any) -> Run:
+        return finetune(recipe(kind, **{"train.max_steps": 3, "train.save_strategy": "no", **overrides}))
+
+    return train
+
+
+def edit(run: Run, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    path = run.adapter_dir / "adapter_model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fresh_process_loads_the_merged_model_plainly_and_gets_the_adapters_logits(
+    trained: Callable[..., Run], tmp_path: Path, kind: str
+) -> None:
+    run = trained(kind)
+    merge_adapter(run.adapter_dir, tmp_path / "merged")
+    subprocess.run([sys.executable, "-c", FRESH, tmp_path / "merged", run.adapter_dir, tmp_path / "logits.pt"], check=True)
+    batch = run.prompter([run.train_rows[0], run.train_rows[1]])
+    batch.pop("labels")
+    with torch.no_grad():
+        expected = run.model.eval()(**batch).logits
+    assert (torch.load(tmp_path / "logits.pt") - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("setting", ["use_rslora", "use_dora"])
+def test_rank_stabilised_and_weight_decomposed_adapters_merge_too(
+    trained: Callable[..., Run], tmp_path: Path, setting: str
+) -> None:
+    run = trained(**{f"lora.{setting}": True})
+    assert merge_adapter(run.adapter_dir, tmp_path / "merged").largest_difference <= 1e-4
+
+
+def test_the_merged_dtype_can_be_chosen(trained: Callable[..., Run], tmp_path: Path) -> None:
+    merge_adapter(trained().adapter_dir, tmp_path / "merged", dtype="bfloat16")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "merged" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_an_adapter_that_changes_nothing_is_refused(trained: Callable[..., Run], tmp_path: Path) -> None:
+    run = trained()
+    edit(run, lambda tensors: {name: t * 0 if "lora_B" in name else t for name, t in tensors.items()})
+    with pytest.raises(ModelError, match="the adapter changes no weight of its base"):
+        merge_adapter(run.adapter_dir, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_whose_keys_match_no_module_is_refused(trained: Callable[..., Run], tmp_path: Path) -> None:
+    run = trained()
+    edit(run, lambda tensors: {name.replace("language_model.layers", "layers"): t for name, t in tensors.items()})
+    with pytest.raises(ModelError, match=r"28 of 28 tensors of the adapter in .* match no module of its base"):
+        merge_adapter(run.adapter_dir, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_of_another_model_is_refused(
+    trained: Callable[..., Run], tmp_path: Path, checkpoint: Callable[[str], Path]
+) -> None:
+    run = trained("qwen2_vl")
+    with pytest.raises(ModelError, match="base"):
+        merge_adapter(run.adapter_dir, tmp_path / "merged", base=str(checkpoint("mllama")))
+
+
+def test_a_moved_base_can_be_named(trained: Callable[..., Run], tmp_path: Path, checkpoint: Callable[[str], Path]) -> None:
+    shutil.copytree(checkpoint("qwen2_vl"), tmp_path / "old")
+    run = trained(**{"model.name": str(tmp_path / "old")})
+    (tmp_path / "old").rename(tmp_path / "new")
+    with pytest.raises(ModelError, match="no checkpoint to be found"):
+        merge_adapter(run.adapter_dir, tmp_path / "merged")
+    assert merge_adapter(run.adapter_dir, tmp_path / "merged", base=str(tmp_path / "new")).modules == 14
+
+
+def test_an_earlier_result_is_not_overwritten_unasked(trained: Callable[..., Run], tmp_path: Path) -> None:
+    run = trained()
+    merge_adapter(run.adapter_dir, tmp_path / "merged")
+    with pytest.raises(OutputError, match=r"output directory .*merged is not empty"):
+        merge_adapter(run.adapter_dir, tmp_path / "merged")
+    merge_adapter(run.adapter_dir, tmp_path / "merged", overwrite=True)
+
+
+def test_a_directory_without_an_adapter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"holds no adapter: adapter_config.json is missing"):
+        merge_adapter(tmp_path, tmp_path / "merged")
+
+
+def test_the_command_line_prints_the_largest_difference(trained: Callable[..., Run], tmp_path: Path) -> None:
+    run = trained()
+    command = [sys.executable, "-m", "vlmtune.merge", str(run.adapter_dir), str(tmp_path / "merged")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "differ from base + adapter by up to" in done.stdout
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 2
+    assert again.stderr.count("\n") == 1
+    assert again.stderr.startswith("error: output directory")
