@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import KINDS
 
 from vlmtune import ModelError, OutputError, finetune, merge_adapter
-from vlmtune.training import Run
+from vlmtune.result import Run
 
 MakeRecipe = Callable[..., dict[str, Any]]
 
@@ -25,7 +25,7 @@ from vlmtune.data import load_data
 from vlmtune.recipe import load_recipe
 merged, adapter, out = sys.argv[1:]
 model = AutoModelForImageTextToText.from_pretrained(merged)
-rows, _ = load_data(load_recipe(adapter + "/recipe.yaml").data)
+rows = load_data(load_recipe(adapter + "/recipe.yaml").data).train
 batch = MultimodalCollator(AutoProcessor.from_pretrained(merged))([rows[0], rows[1]])
 batch.pop("labels")
 torch.save(model(**batch).logits.detach(), out)

@@ -24,7 +24,7 @@ SEES = {
 
 
 def batch_of(model_recipe: Any, processor: Any, family: Any) -> dict[str, torch.Tensor]:
-    rows, _ = load_data(model_recipe.data)
+    rows = load_data(model_recipe.data).train
     return MultimodalCollator(processor, family)([rows[position] for position in range(4)])
 
 

@@ -14,7 +14,7 @@ from transformers import AutoProcessor
 
 from vlmtune import MultimodalCollator, finetune, load_recipe
 from vlmtune.families.qwen2_vl import FAMILY
-from vlmtune.training import Run
+from vlmtune.result import Run
 
 MakeRecipe = Callable[..., dict[str, Any]]
 

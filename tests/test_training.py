@@ -15,10 +15,10 @@ import torch
 from peft import PeftModel
 from tiny import KINDS
 
-from vlmtune import MultimodalCollator, finetune, load_model, load_recipe
+from vlmtune import MultimodalCollator, finetune, load_recipe
 from vlmtune.merge import merge_adapter
-from vlmtune.model import load_base, load_processor
-from vlmtune.training import Run
+from vlmtune.model import load_base
+from vlmtune.result import Run
 
 MakeRecipe = Callable[..., dict[str, Any]]
 QUANTIZATIONS = ("none", "nf4")

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from vlmtune.messages import format_messages
     from vlmtune.model import load_model
     from vlmtune.recipe import Recipe, load_recipe
-    from vlmtune.training import Run, finetune
+    from vlmtune.result import Run
+    from vlmtune.training import finetune
 
 # on CPUs it says at every import that an optional kernel for inference is missing, which training does not use
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -32,7 +33,7 @@ _HOMES = {
     "OutputError": "errors",
     "Recipe": "recipe",
     "RecipeError": "errors",
-    "Run": "training",
+    "Run": "result",
     "VlmtuneError": "errors",
     "finetune": "training",
     "format_messages": "messages",

@@ -78,9 +78,12 @@ class MultimodalCollator:
         """What a model is given to answer: the rows without a last answer, left-padded, ready for `generate`."""
         return self._encode(rows, add_generation_prompt=True, padding_side="left")
 
-    def length(self, row: Row) -> int:
-        """Tokens of a row, those of its pictures included."""
-        return int(self._encode([row])["attention_mask"].sum())
+    def too_long(self, row: Row) -> str | None:
+        """What is wrong with a row that is longer than `max_length`, those tokens counted that stand for its pictures."""
+        length = int(self._encode([row])["attention_mask"].sum())
+        if self.max_length is None or length <= self.max_length:
+            return None
+        return f"it has {length} tokens and the limit is {self.max_length}"
 
     @cached_property
     def stop_token_id(self) -> int:

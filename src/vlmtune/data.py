@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,10 @@ class Rows:
         """Some of these rows, under their old numbers."""
         return replace(self, indices=[self.indices[position] for position in positions])
 
+    def first(self, count: int) -> list[Row]:
+        """The first samples, at most `count`."""
+        return [self[position] for position in range(min(count, len(self)))]
+
     def alone(self, row: Row) -> Rows:
         """One more row, read as these are."""
         return replace(self, content=[row], indices=[0], source="the given rows")
@@ -79,7 +83,33 @@ class Rows:
         return {"messages": [_rooted(message, self.root) for message in messages], "name": name}
 
 
-def load_data(section: DataSection, *, seed: int = 42) -> tuple[Rows, Rows | None]:
+@dataclass(frozen=True)
+class Split:
+    """The rows of a run: read = trained on + held out + dropped, always."""
+
+    train: Rows
+    held_out: Rows | None
+    dropped: Mapping[str, str] = field(default_factory=dict[str, str])  # name of a row → why
+
+    def without(self, find_bad: Callable[[Rows], Mapping[int, str]], *, policy: str, hint: str) -> Split:
+        """The split without the rows that `find_bad` finds, position → what is wrong; these are counted as dropped.
+
+        Raises:
+            DatasetError: there are bad rows and `policy` is `raise`, or no others are left; the first few are named.
+
+        """
+        dropped = dict(self.dropped)
+
+        def good(rows: Rows) -> Rows:
+            bad = find_bad(rows)
+            dropped.update({rows.name(position): reason for position, reason in bad.items()})
+            return _without(rows, bad, policy=policy, hint=hint)
+
+        train = good(self.train)
+        return Split(train, good(self.held_out) if self.held_out is not None else None, dropped)
+
+
+def load_data(section: DataSection, *, seed: int = 42) -> Split:
     """The rows to train on and the rows held out for evaluation, if any.
 
     Args:
@@ -95,16 +125,19 @@ def load_data(section: DataSection, *, seed: int = 42) -> tuple[Rows, Rows | Non
         rows = rows.select(range(min(section.max_rows, len(rows))))
     if section.eval_source is not None or section.eval_split is not None:
         held_out = _open(section, section.eval_source or section.source, section.eval_split or section.split)
-        return rows, held_out
+        if held_out.source == rows.source:  # the same name in another folder or split
+            held_out = replace(held_out, source=f"{held_out.source} (held out)")
+        return Split(rows, held_out)
     count = section.eval_rows or round(len(rows) * (section.eval_fraction or 0))
     if section.eval_fraction is not None:
         count = max(count, 1)
     if count >= len(rows):
         raise DatasetError(f"{rows.source} has {len(rows)} rows; {count} held out for evaluation leave none to train on")
     if count == 0:
-        return rows, None
+        return Split(rows, None)
     chosen = set(random.Random(seed).sample(range(len(rows)), count))
-    return rows.select(i for i in range(len(rows)) if i not in chosen), rows.select(sorted(chosen))
+    kept = rows.select(position for position in range(len(rows)) if position not in chosen)
+    return Split(kept, rows.select(sorted(chosen)))
 
 
 def find_bad_rows(rows: Rows, *, check_images: bool = True) -> dict[int, str]:
@@ -120,23 +153,6 @@ def find_bad_rows(rows: Rows, *, check_images: bool = True) -> dict[int, str]:
         except DatasetError as error:
             bad[position] = str(error).removeprefix(f"{rows.name(position)}: ")
     return bad
-
-
-def without(rows: Rows, bad: Mapping[int, str], *, policy: str, hint: str) -> Rows:
-    """The rows without the bad ones.
-
-    Raises:
-        DatasetError: there are bad rows and `policy` is `raise`, or no other rows are left; the first few are named.
-
-    """
-    if not bad:
-        return rows
-    kept = rows.select(position for position in range(len(rows)) if position not in bad)
-    if policy == "raise" or not kept.indices:
-        named = "".join(f"\n  {rows.name(position)}: {bad[position]}" for position in list(bad)[:SHOWN])
-        more = f"\n  and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-        raise DatasetError(f"{len(bad)} of {len(rows)} rows cannot be used ({hint}):{named}{more}")
-    return kept
 
 
 def _open(section: DataSection, source: str, split: str) -> Rows:
@@ -234,3 +250,14 @@ def _rooted(message: Mapping[str, Any], root: Path) -> dict[str, Any]:
         return {**part, part["type"]: str(root / value)}
 
     return {**message, "content": [rooted(part) for part in message["content"]]}
+
+
+def _without(rows: Rows, bad: Mapping[int, str], *, policy: str, hint: str) -> Rows:
+    if not bad:
+        return rows
+    kept = rows.select(position for position in range(len(rows)) if position not in bad)
+    if policy == "raise" or not kept.indices:
+        named = "".join(f"\n  {rows.name(position)}: {bad[position]}" for position in list(bad)[:SHOWN])
+        more = f"\n  and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+        raise DatasetError(f"{len(bad)} of {len(rows)} rows cannot be used ({hint}):{named}{more}")
+    return kept

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import datasets
 import torch
-from peft import PeftModel
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
@@ -22,29 +18,25 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
-from vlmtune import evaluation
 from vlmtune.callbacks import HeldOutAnswers, ProgressBar, Speed
 from vlmtune.collator import MultimodalCollator
 from vlmtune.console import bar, console, decisions, is_main_process
-from vlmtune.data import Rows, find_bad_rows, load_data, without
+from vlmtune.data import Rows, Split, find_bad_rows, load_data
 from vlmtune.errors import ModelError, OutputError, RecipeError, VlmtuneError
-from vlmtune.evaluation import Comparison
 from vlmtune.families import Family
-from vlmtune.merge import load_merged, merge_adapter
 from vlmtune.model import (
-    Processor,
     compute_dtype,
     load_model,
     match_adapter_dtype,
     parameter_counts,
     use_checkpointing,
 )
-from vlmtune.output import claim, disk_errors, last_checkpoint, whole, write_json
+from vlmtune.output import claim, disk_errors, last_checkpoint
 from vlmtune.recipe import Recipe, load_recipe
+from vlmtune.result import Run, answer_options, evaluate, save
 
 Row = Mapping[str, Any]
 Collator = Callable[[Sequence[Row]], Mapping[str, Tensor]]
-PACKAGES = ("vlmtune", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 
 
 def finetune(
@@ -78,80 +70,25 @@ def finetune(
     if not resume and is_main_process():
         claim(output_dir, overwrite=overwrite)
     set_seed(config.seed)
-    train_rows, held_out, dropped = _usable_rows(checked, config.seed)
+    split = _usable_rows(checked, config.seed)
     model, processor, found = load_model(checked, family=family)
     prompter = MultimodalCollator(processor, found, checked.train_on_inputs, max_length=_longest_row(checked, model))
     if checked.on_too_long == "drop":
-        train_rows, held_out, dropped = _short_rows(prompter, train_rows, held_out, dropped)
+        split = _short_rows(split, prompter)
     with disk_errors(output_dir):
-        if overwrite and not resume and is_main_process():
-            shutil.rmtree(output_dir, ignore_errors=True)
-        output_dir.mkdir(parents=True, exist_ok=True)
         if is_main_process():
-            (output_dir / "recipe.yaml").write_text(checked.to_yaml(), encoding="utf-8")
-        trainer = _trainer(checked, config, model, processor, collator or prompter, prompter, train_rows, held_out)
-        _show_decisions(checked, trainer, found, prompter, train_rows, held_out, dropped)
+            _open_output(checked, afresh=overwrite and not resume)
+        trainer = _trainer(checked, config, model, split, prompter, collator or prompter)
+        run = Run(model, processor, trainer, checked, found, split, prompter)
+        _show_decisions(run)
         seconds = _train(trainer, checkpoint)
-    run = Run(
-        model,
-        processor,
-        trainer,
-        checked,
-        found,
-        output_dir,
-        trainer.state.log_history,
-        {},
-        train_rows,
-        held_out,
-        prompter,
-    )
-    run.metrics.update(_training_metrics(run, dropped, seconds))
+    run.metrics |= _training_metrics(run, seconds)
     if is_main_process():
-        _save(run)
-        _finish(run)
+        save(run)
     trainer.accelerator.wait_for_everyone()
+    if is_main_process():
+        evaluate(run)
     return run
-
-
-@dataclass
-class Run:
-    """A finished run: the tuned model, what it cost, and what it says."""
-
-    model: Any  # a peft.PeftModel with the adapter on
-    processor: Processor
-    trainer: SFTTrainer
-    recipe: Recipe
-    family: Family
-    adapter_dir: Path
-    history: list[dict[str, float]]  # the trainer's log: an entry each logging step and evaluation
-    metrics: dict[str, Any]
-    train_rows: Rows
-    held_out: Rows | None
-    prompter: MultimodalCollator = field(repr=False)
-
-    def generate(self, row: Row, *, max_new_tokens: int | None = None) -> str:
-        """The tuned model's answer to a row of the data set, or to a sample `{"messages": [...]}` of these `Rows`."""
-        asked = evaluation.question(row) if _is_sample(row) else self.train_rows.alone(row).prompt(0)
-        return evaluation.answers(self.model, self.prompter, [asked], **self.options(max_new_tokens))[0]
-
-    def compare(self, rows: Iterable[Row] | None = None, *, max_new_tokens: int | None = None) -> Comparison:
-        """Base against tuned model, adapter off and on in this one process.
-
-        Args:
-            rows: rows of the data set or samples of these `Rows`; None takes the first `eval.samples` held-out rows.
-
-        """
-        samples = self.samples() if rows is None else [r if _is_sample(r) else self.train_rows.alone(r)[0] for r in rows]
-        return evaluation.compare(self.model, self.prompter, samples, **self.options(max_new_tokens))
-
-    def samples(self) -> list[Row]:
-        """The first `eval.samples` rows that were held out, or of the training rows where none were."""
-        return first(self.held_out or self.train_rows, self.recipe.eval.samples)
-
-    def options(self, max_new_tokens: int | None = None) -> dict[str, Any]:
-        """How answers are made: keywords of `evaluation.answers`."""
-        section = self.recipe.eval
-        return {"max_new_tokens": max_new_tokens or section.max_new_tokens, "batch_size": section.batch_size}
 
 
 class Trainer(SFTTrainer):
@@ -209,11 +146,6 @@ def sft_config(recipe: Recipe) -> SFTConfig:
         raise RecipeError(f"`train` section: {' '.join(str(error).split())}") from None
 
 
-def first(rows: Rows, count: int) -> list[Row]:
-    """The first rows, at most `count`."""
-    return [rows[position] for position in range(min(count, len(rows)))]
-
-
 def _with_absolute_model(recipe: Recipe) -> Recipe:
     """The recipe with a local model's directory made absolute, so that its adapter is found from anywhere."""
     path = Path(recipe.model.name).expanduser()
@@ -227,36 +159,22 @@ def _checkpoint(output_dir: Path) -> Path:
     return checkpoint
 
 
-def _usable_rows(recipe: Recipe, seed: int) -> tuple[Rows, Rows | None, dict[str, str]]:
-    """Rows to train on, rows held out, and what is wrong with those that were dropped."""
-    dropped: dict[str, str] = {}
+def _usable_rows(recipe: Recipe, seed: int) -> Split:
+    def bad(rows: Rows) -> dict[int, str]:
+        return find_bad_rows(rows, check_images=recipe.data.check_images)
 
-    def usable(rows: Rows) -> Rows:
-        bad = find_bad_rows(rows, check_images=recipe.data.check_images)
-        kept = without(rows, bad, policy=recipe.on_bad_row, hint="set `on_bad_row: drop` to go on without them")
-        dropped.update({rows.name(position): reason for position, reason in bad.items()})
-        return kept
-
-    train, held_out = load_data(recipe.data, seed=seed)
-    return usable(train), usable(held_out) if held_out is not None else None, dropped
+    split = load_data(recipe.data, seed=seed)
+    return split.without(bad, policy=recipe.on_bad_row, hint="set `on_bad_row: drop` to go on without them")
 
 
-def _short_rows(
-    prompter: MultimodalCollator, train: Rows, held_out: Rows | None, dropped: Mapping[str, str]
-) -> tuple[Rows, Rows | None, dict[str, str]]:
-    """The rows that the model can take in one piece; the others are counted and named with those dropped before."""
-    all_dropped, limit = dict(dropped), prompter.max_length
+def _short_rows(split: Split, prompter: MultimodalCollator) -> Split:
+    """The rows that the model takes in one piece."""
 
-    def short(rows: Rows) -> Rows:
-        long: dict[int, str] = {}
-        for position in bar(range(len(rows)), "Counting tokens"):
-            length = prompter.length(rows[position])
-            if limit is not None and length > limit:
-                long[position] = f"{length} tokens, and the limit is {limit}"
-        all_dropped.update({rows.name(position): reason for position, reason in long.items()})
-        return without(rows, long, policy="drop", hint="all are too long")
+    def long(rows: Rows) -> dict[int, str]:
+        reasons = {position: prompter.too_long(rows[position]) for position in bar(range(len(rows)), "Counting tokens")}
+        return {position: reason for position, reason in reasons.items() if reason is not None}
 
-    return short(train), short(held_out) if held_out is not None else None, all_dropped
+    return split.without(long, policy="drop", hint="all are too long")
 
 
 def _longest_row(recipe: Recipe, model: Any) -> int | None:
@@ -266,15 +184,16 @@ def _longest_row(recipe: Recipe, model: Any) -> int | None:
     return min(limits) if limits else None
 
 
+def _open_output(recipe: Recipe, *, afresh: bool) -> None:
+    """Makes the output directory, and leaves the recipe in it, by which a run is told from anything else."""
+    if afresh:
+        shutil.rmtree(recipe.output_dir, ignore_errors=True)
+    recipe.output_dir.mkdir(parents=True, exist_ok=True)
+    (recipe.output_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+
+
 def _trainer(
-    recipe: Recipe,
-    config: SFTConfig,
-    model: Any,
-    processor: Processor,
-    collator: Collator,
-    prompter: MultimodalCollator,
-    train_rows: Rows,
-    held_out: Rows | None,
+    recipe: Recipe, config: SFTConfig, model: Any, split: Split, prompter: MultimodalCollator, collator: Collator
 ) -> Trainer:
     options: dict[str, Any] = recipe.train.get("gradient_checkpointing_kwargs") or {}
     if options.get("use_reentrant"):
@@ -283,23 +202,15 @@ def _trainer(
         )
     if recipe.train.get("gradient_checkpointing", True):
         use_checkpointing(model, options.get("every_n_layers", 1))
-    callbacks: list[TrainerCallback] = []
-    if recipe.eval.early_stop_patience:
-        callbacks.append(EarlyStoppingCallback(recipe.eval.early_stop_patience))
-    if is_main_process() and "tensorboard" in _listed(recipe.train.get("report_to", "tensorboard")):
-        writer = SummaryWriter(str(recipe.output_dir / "runs"))
-        callbacks.append(TensorBoardCallback(writer))
-        if held_out is not None:
-            options = {"max_new_tokens": recipe.eval.max_new_tokens, "batch_size": recipe.eval.batch_size}
-            callbacks.append(HeldOutAnswers(writer, prompter, first(held_out, recipe.eval.samples), options))
+    callbacks = _callbacks(recipe, split, prompter)
     try:
         trainer = Trainer(
             model=model,
             args=config,
             data_collator=collator,  # pyright: ignore[reportArgumentType]
-            train_dataset=_dataset(train_rows),
-            eval_dataset=_dataset(held_out) if held_out is not None else None,
-            processing_class=processor,
+            train_dataset=_dataset(split.train),
+            eval_dataset=_dataset(split.held_out) if split.held_out is not None else None,
+            processing_class=prompter.processor,
             callbacks=callbacks,
         )
     except ValueError as error:
@@ -310,6 +221,19 @@ def _trainer(
         trainer.add_callback(ProgressBar())
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _callbacks(recipe: Recipe, split: Split, prompter: MultimodalCollator) -> list[TrainerCallback]:
+    callbacks: list[TrainerCallback] = []
+    if recipe.eval.early_stop_patience:
+        callbacks.append(EarlyStoppingCallback(recipe.eval.early_stop_patience))
+    if is_main_process() and "tensorboard" in _listed(recipe.train.get("report_to", "tensorboard")):
+        writer = SummaryWriter(str(recipe.output_dir / "runs"))
+        callbacks.append(TensorBoardCallback(writer))
+        if split.held_out is not None:
+            samples = split.held_out.first(recipe.eval.samples)
+            callbacks.append(HeldOutAnswers(writer, prompter, samples, answer_options(recipe.eval)))
+    return callbacks
 
 
 def _dataset(rows: Rows) -> datasets.Dataset:
@@ -337,7 +261,7 @@ def _train(trainer: Trainer, checkpoint: Path | None) -> float:
     return time.perf_counter() - started
 
 
-def _training_metrics(run: Run, dropped: Mapping[str, str], seconds: float) -> dict[str, Any]:
+def _training_metrics(run: Run, seconds: float) -> dict[str, Any]:
     state = run.trainer.state
     losses = [entry["loss"] for entry in run.history if "loss" in entry]
     eval_losses = [entry["eval_loss"] for entry in run.history if "eval_loss" in entry]
@@ -350,103 +274,32 @@ def _training_metrics(run: Run, dropped: Mapping[str, str], seconds: float) -> d
         "seconds": round(seconds, 1),
         "tokens": state.num_input_tokens_seen,
         "train_rows": len(run.train_rows),
-        "held_out_rows": len(run.held_out) if run.held_out is not None else 0,
-        "dropped_rows": dict(dropped),
+        "held_out_rows": len(run.held_out or []),
+        "dropped_rows": dict(run.split.dropped),
     }
 
 
-def _save(run: Run) -> None:
-    """Writes the adapter with all that is needed to reproduce, merge and serve it."""
-    with whole(run.adapter_dir) as directory:
-        run.model.save_pretrained(str(directory))
-        run.processor.chat_template = run.prompter.chat_template  # what was trained is what is served
-        run.processor.save_pretrained(str(directory))
-        generation = run.model.generation_config
-        stop = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
-        generation.eos_token_id = sorted({token for token in [*stop, run.prompter.stop_token_id] if token is not None})
-        generation.save_pretrained(str(directory))
-        (directory / "recipe.yaml").write_text(run.recipe.to_yaml(), encoding="utf-8")
-        write_json(directory / "versions.json", {"python": platform.python_version()} | {p: version(p) for p in PACKAGES})
-        write_json(directory / "history.json", {"log": run.history})
-        write_json(directory / "metrics.json", run.metrics)
-
-
-def _finish(run: Run) -> None:
-    """After training: the held-out answers of base, tuned, blind and merged model, as far as the recipe asks for them."""
-    rows, section = run.held_out, run.recipe.eval
-    shown = first(rows, len(rows) if section.accuracy else section.samples) if rows is not None else []
-    if shown:
-        _compare_and_score(run, shown)
-    if run.recipe.merge:
-        report = merge_adapter(run.adapter_dir, run.adapter_dir / "merged", overwrite=True)
-        run.metrics["merge_largest_difference"] = report.largest_difference
-        if section.accuracy and shown:
-            merged = load_merged(run.adapter_dir / "merged", run.recipe.model)
-            run.metrics["merged_accuracy"] = _score(run, shown, merged, "Merged answers")
-    write_json(run.adapter_dir / "metrics.json", run.metrics)
-    where: dict[str, Any] = {"adapter": run.adapter_dir, "metrics": run.adapter_dir / "metrics.json"}
-    if shown:
-        where["before and after"] = run.adapter_dir / "comparison.html"
-    if run.recipe.merge:
-        where["merged model"] = run.adapter_dir / "merged"
-    if (run.adapter_dir / "runs").exists():
-        where["TensorBoard"] = f"tensorboard --logdir {run.adapter_dir / 'runs'}"
-    scores = {name.replace("_", " "): f"{value:.1%}" for name, value in run.metrics.items() if name.endswith("_accuracy")}
-    decisions("Result", {**scores, **where})
-
-
-def _compare_and_score(run: Run, samples: Sequence[Row]) -> None:
-    section = run.recipe.eval
-    given = evaluation.compare(run.model, run.prompter, samples, **run.options())
-    few = Comparison(given.rows[: section.samples])
-    few.write(run.adapter_dir)
-    few.print()
-    if section.accuracy:
-        expected = [row.expected for row in given.rows]
-        run.metrics["base_accuracy"] = evaluation.accuracy([row.base for row in given.rows], expected)
-        run.metrics["tuned_accuracy"] = evaluation.accuracy([row.tuned for row in given.rows], expected)
-        blind = [evaluation.blanked(sample) for sample in samples]
-        run.metrics["blank_accuracy"] = _score(run, blind, run.model, "Blank pictures")
-
-
-def _score(run: Run, samples: Sequence[Row], model: Any, description: str) -> float:
-    asked = [evaluation.question(sample) for sample in samples]
-    given = evaluation.answers(model, run.prompter, asked, description=description, **run.options())
-    return evaluation.accuracy(given, [evaluation.expected_answer(sample) for sample in samples])
-
-
-def _show_decisions(
-    recipe: Recipe,
-    trainer: Trainer,
-    family: Family,
-    prompter: MultimodalCollator,
-    train_rows: Rows,
-    held_out: Rows | None,
-    dropped: Mapping[str, str],
-) -> None:
-    args, world, model = trainer.args, int(trainer.args.world_size), cast("PeftModel", trainer.model)
+def _show_decisions(run: Run) -> None:
+    """Prints what was decided before the run begins, and which rows are left out."""
+    recipe, args, world = run.recipe, run.trainer.args, int(run.trainer.args.world_size)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
     rows: dict[str, Any] = {
-        "model": f"{recipe.model.name} ({family.name}, {recipe.model.quantization}, {model.dtype})",
-        "device": f"{trainer.args.device} × {world}",
+        "model": f"{recipe.model.name} ({run.family.name}, {recipe.model.quantization}, {run.model.dtype})",
+        "device": f"{args.device} × {world}",
     }
-    for count in parameter_counts(model, family):
+    for count in parameter_counts(run.model, run.family):
         rows[count.part] = f"{count.trainable:,} of {count.total:,} parameters trainable ({count.dtypes})"
     rows |= {
-        "rows": f"{len(train_rows)} to train on, {len(held_out or [])} held out, {len(dropped)} dropped",
+        "rows": f"{len(run.train_rows)} to train on, {len(run.held_out or [])} held out, {len(run.split.dropped)} dropped",
         "loss on": "prompts and answers" if recipe.train_on_inputs else "answers and their stop token",
-        "stop token": prompter.tokenizer.convert_ids_to_tokens(prompter.stop_token_id),
+        "stop token": run.prompter.tokenizer.convert_ids_to_tokens(run.prompter.stop_token_id),
         "batch": f"{batch} rows: {args.per_device_train_batch_size} × {args.gradient_accumulation_steps} accumulated × {world}",
-        "checkpointing": "on" if model.get_base_model().is_activation_checkpointing else "off",
+        "checkpointing": "on" if run.model.get_base_model().is_activation_checkpointing else "off",
         "output": recipe.output_dir,
     }
     decisions("This run", rows)
-    for name, reason in list(dropped.items())[:20]:
+    for name, reason in list(run.split.dropped.items())[:20]:
         console.print(f"dropped {name}: {reason}", style="yellow", highlight=False)
-
-
-def _is_sample(row: Row) -> bool:
-    return "messages" in row and "name" in row
 
 
 def _listed(value: Any) -> list[str]:
