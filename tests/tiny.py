@@ -17,10 +17,24 @@ from transformers import PreTrainedTokenizerFast
 KINDS = ("qwen2_vl", "mllama", "pixtral")
 TRL_TEMPLATES = Path(transformers.__file__).parents[1] / "trl" / "chat_templates"
 SPECIAL = {
-    "qwen2_vl": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
-    + ["<|image_pad|>", "<|video_pad|>"],
-    "mllama": ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|python_tag|>"]
-    + ["<|finetune_right_pad_id|>", "<|image|>"],
+    "qwen2_vl": [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|image_pad|>",
+        "<|video_pad|>",
+    ],
+    "mllama": [
+        "<|begin_of_text|>",
+        "<|eot_id|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|python_tag|>",
+        "<|finetune_right_pad_id|>",
+        "<|image|>",
+    ],
     "pixtral": ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]", "<pad>"],
     "text": ["<s>", "</s>"],
     "smolvlm": ["<|im_start|>", "<end_of_utterance>", "<image>", "<fake_token_around_image>", "<global-img>", "<pad>"],
