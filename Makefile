@@ -39,7 +39,7 @@ slow: $(INSTALLED)  ## the longer proofs
 install: $(INSTALLED)  ## the environment in .venv
 
 $(INSTALLED): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit("$(PYTHON) is older than Python 3.10: name another one, make PYTHON=..." if sys.version_info < (3, 10) else 0)'
+	@$(PYTHON) -c 'import sys; sys.exit("$(PYTHON) is older than Python 3.11: name another one, make PYTHON=..." if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(PIP_FLAGS) --editable ".[dev]"
 	touch $@

@@ -136,4 +136,5 @@ def test_alpaca_recipe_runs_on_a_small_model_and_leaves_out_the_row_that_is_too_
     run = finetune(RECIPES / "alpaca_lora.yaml", **small, **fast)
     assert run.family.name == "text"
     assert run.metrics["train_rows"] + run.metrics["held_out_rows"] == 11
-    assert list(run.metrics["dropped_rows"].values()) == ["456 tokens, and the limit is 256"]
+    (reason,) = run.metrics["dropped_rows"].values()
+    assert "456 tokens" in reason
