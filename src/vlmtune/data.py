@@ -62,10 +62,6 @@ class Rows:
         """Some of these rows, under their old numbers."""
         return replace(self, indices=[self.indices[position] for position in positions])
 
-    def first(self, count: int) -> list[Row]:
-        """The first samples, at most `count`."""
-        return [self[position] for position in range(min(count, len(self)))]
-
     def alone(self, row: Row) -> Rows:
         """One more row, read as these are."""
         return replace(self, content=[row], indices=[0], source="the given rows")
@@ -81,6 +77,12 @@ class Rows:
         except DatasetError as error:
             raise DatasetError(f"{name}: {error}") from None
         return {"messages": [_rooted(message, self.root) for message in messages], "name": name}
+
+
+def spread(rows: Rows | Sequence[Any], count: int) -> list[Any]:
+    """At most `count` of the rows, from the first to the last: data are often sorted."""
+    count = min(count, len(rows))
+    return [rows[position * len(rows) // count] for position in range(count)]
 
 
 @dataclass(frozen=True)

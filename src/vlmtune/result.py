@@ -12,7 +12,7 @@ from typing import Any
 from vlmtune import evaluation
 from vlmtune.collator import MultimodalCollator
 from vlmtune.console import decisions
-from vlmtune.data import Rows, Split
+from vlmtune.data import Rows, Split, spread
 from vlmtune.evaluation import Comparison
 from vlmtune.families import Family
 from vlmtune.merge import load_merged, merge_adapter
@@ -64,12 +64,12 @@ class Run:
         """Base against tuned model, adapter off and on in this one process.
 
         Args:
-            rows: rows of the data set or samples of these `Rows`; None takes the first `eval.samples` held-out rows, or
+            rows: rows of the data set or samples of these `Rows`; None takes `eval.samples` of the held-out rows, or of the
                 training rows where none were held out.
 
         """
         if rows is None:
-            samples: list[Row] = (self.held_out or self.train_rows).first(self.recipe.eval.samples)
+            samples: list[Row] = spread(self.held_out or self.train_rows, self.recipe.eval.samples)
         else:
             samples = [row if _is_sample(row) else self.train_rows.alone(row)[0] for row in rows]
         options = answer_options(self.recipe.eval, max_new_tokens)
@@ -104,7 +104,7 @@ def evaluate(run: Run) -> None:
     the shares of held-out answers that equal the expected text.
     """
     section, rows = run.recipe.eval, run.held_out
-    samples = rows.first(len(rows) if section.accuracy else section.samples) if rows is not None else []
+    samples = spread(rows, len(rows) if section.accuracy else section.samples) if rows is not None else []
     if samples:
         _compare(run, samples)
     if run.recipe.merge:
@@ -121,7 +121,7 @@ def evaluate(run: Run) -> None:
 def _compare(run: Run, samples: Sequence[Row]) -> None:
     section = run.recipe.eval
     compared = run.compare(samples)
-    few = Comparison(compared.rows[: section.samples])
+    few = Comparison(tuple(spread(compared.rows, section.samples)))
     few.write(run.adapter_dir)
     few.print()
     if section.accuracy:

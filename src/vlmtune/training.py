@@ -21,7 +21,7 @@ from trl import SFTConfig, SFTTrainer
 from vlmtune.callbacks import HeldOutAnswers, ProgressBar, Speed
 from vlmtune.collator import MultimodalCollator
 from vlmtune.console import bar, console, decisions, is_main_process
-from vlmtune.data import Rows, Split, find_bad_rows, load_data
+from vlmtune.data import Rows, Split, find_bad_rows, load_data, spread
 from vlmtune.errors import ModelError, OutputError, RecipeError, VlmtuneError
 from vlmtune.families import Family
 from vlmtune.model import (
@@ -231,7 +231,7 @@ def _callbacks(recipe: Recipe, split: Split, prompter: MultimodalCollator) -> li
         writer = SummaryWriter(str(recipe.output_dir / "runs"))
         callbacks.append(TensorBoardCallback(writer))
         if split.held_out is not None:
-            samples = split.held_out.first(recipe.eval.samples)
+            samples = spread(split.held_out, recipe.eval.samples)
             callbacks.append(HeldOutAnswers(writer, prompter, samples, answer_options(recipe.eval)))
     return callbacks
 
