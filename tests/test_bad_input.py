@@ -450,7 +450,6 @@ def test_dropped_rows_are_counted_and_each_is_named_in_the_metrics(recipe: MakeR
     assert metrics["train_rows"] + metrics["held_out_rows"] + len(dropped) == len(rows)
 
 
-@pytest.mark.xfail(strict=True, reason="the processor is first asked in the middle of training")
 def test_a_row_that_only_the_processor_refuses_is_dropped_too(recipe: MakeRecipe, write: Write, tmp_path: Path) -> None:
     good = {"image": "good.png", "Product Name": "a", "description": "b"}
     (tmp_path / "strip.png").write_bytes(png(size=(10_000, 3)))
@@ -602,22 +601,23 @@ def test_an_early_stop_needs_rows_to_look_at(recipe: MakeRecipe) -> None:
 def test_a_directory_that_holds_something_is_not_written_over(recipe: MakeRecipe, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.docx").write_text("three years of work")
+    (tmp_path / "run" / "recipe.yaml").write_text("of pancakes")
     told = said(OutputError, finetune, recipe())
     assert told == (
-        f"output directory {tmp_path}/run is not empty (it holds thesis.docx): name another one, or ask to resume or to "
+        f"output directory {tmp_path}/run is not empty (it holds recipe.yaml): name another one, or ask to resume or to "
         "overwrite the run that lies there"
     )
     told = said(OutputError, finetune, recipe(), overwrite=True)
-    assert told == f"output directory {tmp_path}/run holds thesis.docx and no recipe.yaml: it is not vlmtune's to overwrite"
+    assert told == f"output directory {tmp_path}/run holds recipe.yaml and was not made by vlmtune: delete it yourself"
     assert (tmp_path / "run" / "thesis.docx").read_text() == "three years of work"
 
 
 def test_an_earlier_run_is_kept_where_the_one_that_is_to_replace_it_cannot_start(recipe: MakeRecipe, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    for name in ("recipe.yaml", "adapter_model.safetensors"):
+    for name in (".vlmtune", "adapter_model.safetensors"):
         (tmp_path / "run" / name).write_text("")
     said(RecipeError, finetune, recipe(**{"lora.targets": ["nothing"]}), overwrite=True)
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["adapter_model.safetensors", "recipe.yaml"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".vlmtune", "adapter_model.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -654,6 +654,17 @@ def test_there_is_nothing_to_resume_without_a_whole_checkpoint(recipe: MakeRecip
     (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
     (tmp_path / "run" / "checkpoint-2" / "trainer_state.json").write_text('{"global_step": ')
     assert said(OutputError, finetune, recipe(), resume=True) == sentence
+
+
+def test_a_checkpoint_of_another_adapter_or_a_damaged_one_is_not_gone_on_from(recipe: MakeRecipe, tmp_path: Path) -> None:
+    values = recipe(**{"eval.samples": 0})
+    checkpoint = finetune(values).adapter_dir / "checkpoint-2"
+    for other in (recipe(**{"lora.r": 4}), recipe(**{"lora.targets": ["q_proj"]}), recipe("text")):
+        told = said(RecipeError, finetune, other, resume=True)
+        assert told.startswith(f"checkpoint {checkpoint} holds another adapter than this recipe makes: ")
+    (checkpoint / "adapter_model.safetensors").write_bytes(b"")
+    told = said(OutputError, finetune, values, resume=True)
+    assert told.startswith(f"checkpoint {checkpoint} is damaged (")
 
 
 def test_the_last_checkpoint_is_the_last_whole_one(tmp_path: Path) -> None:
@@ -724,6 +735,36 @@ def test_a_disk_that_fills_up_leaves_no_half_merged_model(
     assert list(out.parent.iterdir()) == []
     small_disk("20m")
     assert merge_adapter(adapter, out).out_dir == out
+
+
+def test_a_merge_never_deletes_the_base_it_was_asked_to_overwrite(
+    recipe: MakeRecipe, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    base = changed(checkpoint("qwen2_vl"), tmp_path, lambda directory: None)
+    adapter = finetune(recipe(**{"model.name": base, "eval.samples": 0})).adapter_dir
+    before = sorted(path.name for path in Path(base).iterdir())
+    told = said(OutputError, merge_adapter, adapter, base, overwrite=True)
+    assert told.endswith("was not made by vlmtune: delete it yourself")
+    assert sorted(path.name for path in Path(base).iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "sentence"),
+    [
+        (halve("adapter_model.safetensors"), {}, "the adapter in {run} does not fit its base: "),
+        (put("adapter_config.json", "{"), {}, "the adapter in {run} does not fit its base: "),
+        (lambda _: None, {"dtype": "float7"}, "dtype 'float7' is none of bfloat16, float16 and float32"),
+    ],
+    ids=["half the weights", "broken config", "unknown dtype"],
+)
+def test_an_adapter_that_cannot_be_merged_says_why(
+    recipe: MakeRecipe, tmp_path: Path, change: Callable[[Path], Any], options: Mapping[str, Any], sentence: str
+) -> None:
+    run = finetune(recipe(**{"eval.samples": 0})).adapter_dir
+    change(run)
+    told = said(ModelError, merge_adapter, run, tmp_path / "merged", **options)
+    assert told.startswith(sentence.replace("{run}", str(run)))
+    assert not (tmp_path / "merged").exists()
 
 
 # ---- a question

@@ -295,3 +295,8 @@ def test_damaged_bytes_give_a_picture_or_an_image_error(format, data):
 )
 def test_a_source_is_described_in_a_few_words(source, name):
     assert describe_source(source) == name
+
+
+def test_a_file_url_is_a_path(tmp_path: Path) -> None:
+    Image.new("RGB", (3, 2), "red").save(tmp_path / "red one.png")
+    assert load_image((tmp_path / "red one.png").as_uri()).size == (3, 2)

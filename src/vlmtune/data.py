@@ -171,7 +171,7 @@ def _open(section: DataSection, source: str, split: str) -> Rows:
         content = _read_dataset(path, source, split)
     if len(content) == 0:
         raise DatasetError(f"data source {source} holds no rows")
-    root = path if path.is_dir() else path.parent
+    root = path if path.is_dir() else path.parent if path.is_file() else Path()
     name = path.name if path.exists() else f"{source}, split {split}"
     return Rows(content, name, root, template, range(len(content)))
 

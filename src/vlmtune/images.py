@@ -22,7 +22,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from vlmtune.errors import ImageError
 
-Source = Image.Image | str | PathLike[str] | bytes  # str: a path, an http(s) URL or a data URL
+Source = Image.Image | str | PathLike[str] | bytes  # str: a path, an http(s), file or data URL
 
 TIMEOUT = 30  # seconds
 SIDEWAYS = (5, 6, 7, 8)  # the EXIF orientations that swap width and height
@@ -102,6 +102,8 @@ def _stream(source: object, root: Path | None, name: str) -> BinaryIO:
         stream = BytesIO(_data_url(source, name))
     elif isinstance(source, str) and source.startswith(("http://", "https://")):
         stream = BytesIO(_download(source, name))
+    elif isinstance(source, str) and source.startswith("file://"):
+        stream = _file(Path(urllib.request.url2pathname(urllib.parse.urlsplit(source).path)), name)
     elif isinstance(source, str | PathLike):
         stream = _file(Path(root or "", source), name)
     else:

@@ -12,6 +12,7 @@ import typer
 from peft import PeftConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
@@ -27,7 +28,7 @@ from vlmtune.console import bar, command_line, decisions
 from vlmtune.errors import ModelError
 from vlmtune.families import Family, find_family
 from vlmtune.model import compute_dtype, load_config, old_names_allowed
-from vlmtune.output import claim, whole
+from vlmtune.output import MARK, claim, whole
 from vlmtune.recipe import ModelSection, load_recipe
 
 
@@ -69,8 +70,10 @@ def merge_adapter(
 
     """
     adapter_dir, out_dir = Path(adapter_dir), Path(out_dir)
+    if dtype not in (None, "bfloat16", "float16", "float32"):
+        raise ModelError(f"dtype {dtype!r} is none of bfloat16, float16 and float32")
     section = _base_section(adapter_dir, base)
-    claim(out_dir, overwrite=overwrite, mark="config.json")
+    claim(out_dir, overwrite=overwrite)
     family = find_family(section.family, config=load_config(section))
     processor = _load_processor(adapter_dir, section, family)
     model = _load_whole(section.name, section, family, dtype)
@@ -81,6 +84,7 @@ def merge_adapter(
     merged: Any = tuned.merge_and_unload()
     _keep_generation_config(merged, adapter_dir)
     with whole(out_dir, replace=overwrite) as partial:
+        (partial / MARK).touch()
         merged.save_pretrained(str(partial), max_shard_size=max_shard_size)
         processor.save_pretrained(str(partial))
         kept = merged.dtype
@@ -105,7 +109,10 @@ def _base_section(adapter_dir: Path, base: str | None) -> ModelSection:
     if (adapter_dir / "recipe.yaml").exists():
         section = load_recipe(adapter_dir / "recipe.yaml").model
     else:
-        config = PeftConfig.from_pretrained(str(adapter_dir))
+        try:
+            config = PeftConfig.from_pretrained(str(adapter_dir))
+        except (ValueError, TypeError) as error:
+            raise ModelError(f"{adapter_dir} holds no adapter: adapter_config.json cannot be read ({error})") from error
         section = ModelSection(name=config.base_model_name_or_path or "?", revision=config.revision)
     return section.model_copy(update={"name": base, "revision": None}) if base else section
 
@@ -132,7 +139,7 @@ def _with_adapter(model: Any, adapter_dir: Path) -> PeftModel:
     try:
         with old_names_allowed():
             tuned = PeftModel.from_pretrained(model, str(adapter_dir))
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the adapter in {adapter_dir} does not fit its base: {' '.join(str(error).split())[:300]}") from error
     saved = _adapter_tensors(adapter_dir)
     loaded = get_peft_model_state_dict(tuned)

@@ -14,14 +14,15 @@ from typing import Any
 
 from vlmtune.errors import OutputError
 
+MARK = ".vlmtune"  # lies in every directory that vlmtune made: no other is ever deleted
 LAST = "adapter_config.json"  # a directory without it is no adapter, so that it moves in last
 
 
-def claim(directory: Path, *, overwrite: bool = False, mark: str = "recipe.yaml") -> None:
+def claim(directory: Path, *, overwrite: bool = False) -> None:
     """Makes sure that a directory may be written: nothing of value lies there, or it may be deleted.
 
     Args:
-        overwrite: an earlier result, which is told by the file `mark`, may lie there.
+        overwrite: an earlier result of vlmtune's, which is told by the file `MARK`, may lie there.
 
     Raises:
         OutputError: the directory holds something, and `overwrite` is not set or what lies there is not ours.
@@ -42,8 +43,8 @@ def claim(directory: Path, *, overwrite: bool = False, mark: str = "recipe.yaml"
             f"output directory {directory} is not empty (it holds {content[0]}): name another one, or ask to resume or to "
             "overwrite the run that lies there"
         )
-    if mark not in content:
-        raise OutputError(f"output directory {directory} holds {content[0]} and no {mark}: it is not vlmtune's to overwrite")
+    if MARK not in content:
+        raise OutputError(f"output directory {directory} holds {content[0]} and was not made by vlmtune: delete it yourself")
 
 
 @contextmanager

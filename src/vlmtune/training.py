@@ -11,6 +11,10 @@ from typing import Any
 
 import datasets
 import torch
+from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
@@ -22,7 +26,7 @@ from vlmtune.callbacks import HeldOutAnswers, ProgressBar, Speed
 from vlmtune.collator import MultimodalCollator
 from vlmtune.console import bar, console, decisions, is_main_process
 from vlmtune.data import Rows, Split, find_bad_rows, load_data, spread
-from vlmtune.errors import ModelError, OutputError, RecipeError, VlmtuneError
+from vlmtune.errors import DatasetError, ModelError, OutputError, RecipeError, VlmtuneError
 from vlmtune.families import Family
 from vlmtune.model import (
     compute_dtype,
@@ -31,7 +35,7 @@ from vlmtune.model import (
     parameter_counts,
     use_checkpointing,
 )
-from vlmtune.output import claim, disk_errors, last_checkpoint
+from vlmtune.output import MARK, claim, disk_errors, last_checkpoint
 from vlmtune.recipe import Recipe, load_recipe
 from vlmtune.result import Run, answer_options, evaluate, save
 
@@ -73,8 +77,10 @@ def finetune(
     split = _usable_rows(checked, config.seed)
     model, processor, found = load_model(checked, family=family)
     prompter = MultimodalCollator(processor, found, checked.train_on_inputs, max_length=_longest_row(checked, model))
-    if checked.on_too_long == "drop":
-        split = _short_rows(split, prompter)
+    if "drop" in (checked.on_bad_row, checked.on_too_long):
+        split = _accepted_rows(checked, split, prompter)
+    if checkpoint is not None:
+        _refuse_another_adapter(model, checkpoint)
     with disk_errors(output_dir):
         if is_main_process():
             _open_output(checked, afresh=overwrite and not resume)
@@ -87,7 +93,8 @@ def finetune(
         save(run)
     trainer.accelerator.wait_for_everyone()
     if is_main_process():
-        evaluate(run)
+        with disk_errors(output_dir):
+            evaluate(run)
     return run
 
 
@@ -118,7 +125,6 @@ def sft_config(recipe: Recipe) -> SFTConfig:
         raise RecipeError("`eval.early_stop_patience` needs held-out rows: set data.eval_fraction, eval_rows or eval_split")
     on_gpu, dtype = torch.cuda.is_available(), compute_dtype(recipe.model)
     defaults: dict[str, Any] = {
-        "output_dir": str(recipe.output_dir),
         "use_cpu": not (on_gpu or torch.backends.mps.is_available()),
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16 and on_gpu,
@@ -130,6 +136,7 @@ def sft_config(recipe: Recipe) -> SFTConfig:
         "max_length": None,  # TRL's default would be 1024
     }
     fixed: dict[str, Any] = {
+        "output_dir": str(recipe.output_dir),
         "include_num_input_tokens_seen": "non_padding",
         "remove_unused_columns": False,  # the collator needs the messages
         "dataset_kwargs": {"skip_prepare_dataset": True},
@@ -142,7 +149,7 @@ def sft_config(recipe: Recipe) -> SFTConfig:
         given.pop(name, None)
     try:
         return SFTConfig(**{**defaults, **given, **fixed})
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:  # ImportError: deepspeed, liger and the like
         raise RecipeError(f"`train` section: {' '.join(str(error).split())}") from None
 
 
@@ -167,14 +174,39 @@ def _usable_rows(recipe: Recipe, seed: int) -> Split:
     return split.without(bad, policy=recipe.on_bad_row, hint="set `on_bad_row: drop` to go on without them")
 
 
-def _short_rows(split: Split, prompter: MultimodalCollator) -> Split:
-    """The rows that the model takes in one piece."""
+def _accepted_rows(recipe: Recipe, split: Split, prompter: MultimodalCollator) -> Split:
+    """The rows that the processor takes, and the model in one piece: found before training and not in the middle of it."""
+    long: dict[str, str] = {}
 
-    def long(rows: Rows) -> dict[int, str]:
-        reasons = {position: prompter.too_long(rows[position]) for position in bar(range(len(rows)), "Counting tokens")}
-        return {position: reason for position, reason in reasons.items() if reason is not None}
+    def refused(rows: Rows) -> dict[int, str]:
+        bad: dict[int, str] = {}
+        for position in bar(range(len(rows)), "Counting tokens"):
+            try:
+                if reason := prompter.too_long(rows[position]):
+                    long[rows.name(position)] = reason
+            except DatasetError as error:
+                bad[position] = str(error).removeprefix(f"{rows.name(position)}: ")
+        return bad
 
-    return split.without(long, policy="drop", hint="all are too long")
+    def too_long(rows: Rows) -> dict[int, str]:
+        return {position: long[name] for position in range(len(rows)) if (name := rows.name(position)) in long}
+
+    split = split.without(refused, policy=recipe.on_bad_row, hint="set `on_bad_row: drop` to go on without them")
+    return split.without(too_long, policy=recipe.on_too_long, hint="set `on_too_long: drop` to go on without them")
+
+
+def _refuse_another_adapter(model: PeftModel, checkpoint: Path) -> None:
+    """A checkpoint of other LoRA settings or of another model would be loaded in part, or not at all, without a word."""
+    try:
+        saved = load_file(checkpoint / "adapter_model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"checkpoint {checkpoint} is damaged ({error}): delete it to resume from the one before") from error
+    shapes = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model).items()}
+    if shapes != {name: tensor.shape for name, tensor in saved.items()}:
+        raise RecipeError(
+            f"checkpoint {checkpoint} holds another adapter than this recipe makes: resume with the `model` and `lora` that it "
+            "was trained with"
+        )
 
 
 def _longest_row(recipe: Recipe, model: Any) -> int | None:
@@ -189,6 +221,7 @@ def _open_output(recipe: Recipe, *, afresh: bool) -> None:
     if afresh:
         shutil.rmtree(recipe.output_dir, ignore_errors=True)
     recipe.output_dir.mkdir(parents=True, exist_ok=True)
+    (recipe.output_dir / MARK).touch()
     (recipe.output_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
 
 
@@ -199,6 +232,12 @@ def _trainer(
     if options.get("use_reentrant"):
         raise RecipeError(
             "`train.gradient_checkpointing_kwargs.use_reentrant` is true; only false trains adapters rightly here"
+        )
+    unknown = sorted(set(options) - {"use_reentrant", "every_n_layers"})
+    if unknown:
+        raise RecipeError(
+            f"`train.gradient_checkpointing_kwargs.{unknown[0]}` is not an option: there is every_n_layers, and use_reentrant, "
+            "which is false"
         )
     if recipe.train.get("gradient_checkpointing", True):
         use_checkpointing(model, options.get("every_n_layers", 1))

@@ -74,6 +74,15 @@ def token_ids(processor: Any, tokens: Collection[str]) -> frozenset[int]:
     return frozenset(vocabulary[token] for token in tokens if token in vocabulary)
 
 
+def set_areas(processor: Any, *, min_pixels: int | None, max_pixels: int | None) -> None:
+    """Sets the areas of Qwen-VL's processors, which keep min_pixels and max_pixels as the edges of `size`."""
+    size = processor.image_processor.size
+    processor.image_processor.size = {
+        "shortest_edge": min_pixels or size["shortest_edge"],
+        "longest_edge": max_pixels or size["longest_edge"],
+    }
+
+
 def find_family(wanted: Family | str | None = None, *, config: Any = None, processor: Any = None) -> Family:
     """The family that is asked for, or that a checkpoint's config or a processor tells.
 

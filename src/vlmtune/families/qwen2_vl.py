@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from vlmtune.families import Family, token_ids
+from vlmtune.families import Family, set_areas, token_ids
 
 
 @dataclass(frozen=True)
@@ -15,12 +15,7 @@ class Qwen2VL(Family):
         return token_ids(processor, [*borders, processor.image_token])
 
     def set_pixels(self, processor: Any, *, min_pixels: int | None, max_pixels: int | None) -> None:
-        # the edges are areas: transformers keeps Qwen2-VL's min_pixels and max_pixels under these names
-        size = processor.image_processor.size
-        processor.image_processor.size = {
-            "shortest_edge": min_pixels or size["shortest_edge"],
-            "longest_edge": max_pixels or size["longest_edge"],
-        }
+        set_areas(processor, min_pixels=min_pixels, max_pixels=max_pixels)
 
 
 FAMILY = Qwen2VL(
