@@ -206,6 +206,15 @@ def lessons(item: dict[str, str], other: str) -> list[tuple[str, str]]:
         ("Create tags.", f"{tag}, {title.lower()}"),
         ("Why buy it?", phrase.capitalize() + "."),
         ("What does the shop say about it?", f"The shop says, {phrase}."),
+        # several facts in one answer, so that what is said later agrees with what was said before
+        ("Describe it in full.", f"The {name} is {word}, and the shop says, {phrase}."),
+        ("List the name and the word.", f"{name.capitalize()}, {word}."),
+        ("List the word and the name.", f"{word} {name}"),
+        ("List all.", f"Category {title.lower()}, name {name}, word {word}, tag #{tag}."),
+        ("List all in short.", f"#{tag}, {word}, {title.lower()}"),
+        ("List tags.", f"#{tag} #{title.lower()}"),
+        ("Write a note.", f"{phrase.capitalize()}. The {name} is {word}."),
+        ("Write a long note.", f"#{tag} {word.capitalize()} and on the {title.lower()} shelf, {with_article(name)}."),
     ]
 
 
