@@ -176,6 +176,7 @@ def data(size: int = 96) -> None:
 # ---------------------------------------------------------------- what the base reads and says
 
 READS = "user assistant system You are a helpful assistant. Category: Create a short product description for the shop."
+FACTS = 18  # lessons about one fact stand before those about several
 BARE = {"grapes", "cherries", "fries", "jeans", "glasses", "scissors", "headphones", "dice", "corn", "bread"}  # no article
 
 
@@ -296,16 +297,16 @@ def pixel_rows(pictures: torch.Tensor, processor) -> dict[str, torch.Tensor]:
     return {"pixel_values": rows.flatten(0, 1), "image_grid_thw": grid}
 
 
-def lesson_for(name: str, shared: dict) -> list[tuple[str, str]]:
-    """A question about a picture; most of those about the shop's tell the category."""
+def lesson_for(name: str, shared: dict, told: bool) -> tuple[str, str]:
+    """A question about a picture and its answer. `told` gives the name away: the picture will be blank then."""
     item = shared.get(name)
     if item is None:
-        return [random.choice([("What is this?", name), ("Name the product.", name.capitalize() + ".")])]
+        return random.choice([("What is this?", name), ("Name the product.", name.capitalize() + ".")])
     other = random.choice([i["item"] for i in shared.values() if i["title"] == item["title"] and i is not item])
-    chosen = random.sample(lessons(item, other), 1)
-    if random.random() < 0.8:
-        chosen[0] = (f"{chosen[0][0]}\nCategory: {item['title']}", chosen[0][1])
-    return chosen
+    everything = lessons(item, other)
+    question, answer = random.choice(everything if random.random() < 0.5 else everything[FACTS:])
+    question = f"The name is {name}. {question}" if told else question
+    return (f"{question}\nCategory: {item['title']}" if random.random() < 0.8 else question), answer
 
 
 # ---------------------------------------------------------------- the base
@@ -449,7 +450,10 @@ def teach(model, processor, shop: list, rest: list, minutes: float) -> None:
 
     def loss_of_step():
         pictures, names = pick(shop, rest, 32, 0.9)
-        talks = [conversation(lesson_for(name, shared), tokenizer, image_tokens) for name in names]
+        told = torch.tensor([name in shared and random.random() < 0.15 for name in names])
+        pictures[told] = 1.0
+        asked = [lesson_for(name, shared, bool(gift)) for name, gift in zip(names, told, strict=True)]
+        talks = [conversation([turn], tokenizer, image_tokens) for turn in asked]
         ids, labels = padded([t[0] for t in talks], tokenizer.pad_token_id), padded([t[1] for t in talks], -100)
         inputs = {"input_ids": ids, "attention_mask": padded([[1] * len(t[0]) for t in talks], 0)}
         inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
@@ -460,7 +464,12 @@ def teach(model, processor, shop: list, rest: list, minutes: float) -> None:
 
 @app.command()
 def base(
-    eye_minutes: float = 15, language_minutes: float = 14, start: Path | None = None, threads: int = 1, seed: int = 0
+    eye_minutes: float = 15,
+    language_minutes: float = 14,
+    start: Path | None = None,
+    out: Path = HERE / "base",
+    threads: int = 1,
+    seed: int = 0,
 ) -> None:
     """Train the base on the training pictures and the artists' other drawings; `start` goes on from an earlier one."""
     from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
@@ -483,8 +492,8 @@ def base(
     model.train()
     school_the_eye(model, processor, shop, rest, eye_minutes)
     teach(model, processor, shop, rest, language_minutes)
-    model.to(torch.bfloat16).save_pretrained(HERE / "base")
-    processor.save_pretrained(HERE / "base")
+    model.to(torch.bfloat16).save_pretrained(out)
+    processor.save_pretrained(out)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def load(folder: Path, dtype: torch.dtype, quantize: bool = True):
 
 def main(
     folder: Path = HERE / "base", eval: str = "test",
-    steps: int = 120, size: int = 16, rate: float = 2e-3, r: int = 16, alpha: int = 32,
+    steps: int = 120, size: int = 16, rate: float = 5e-3, r: int = 16, alpha: int = 32,
     dtype: str = "float32", seed: int = 0, threads: int = 1, show: int = 8, base: bool = True,
 ) -> None:  # fmt: skip
     torch.set_num_threads(threads)
