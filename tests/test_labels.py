@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from qwen_vl_utils import process_vision_info
 from real_vocab import real_processor
 from tiny import KINDS
 
@@ -143,7 +144,7 @@ def test_train_on_inputs_gives_the_labels_of_the_tutorials_collator() -> None:
     ]
     batch = MultimodalCollator(processor, train_on_inputs=True)(rows)
     texts = [processor.apply_chat_template(sample["messages"], tokenize=False) for sample in rows]
-    images = [[p["image"] for m in sample["messages"] for p in m["content"] if p["type"] == "image"] for sample in rows]
+    images = [process_vision_info(sample["messages"])[0] for sample in rows]
     theirs = processor(text=texts, images=images, return_tensors="pt", padding=True, padding_side="right")
     labels = theirs["input_ids"].clone()
     labels[labels == processor.tokenizer.pad_token_id] = -100

@@ -282,7 +282,7 @@ def test_alpaca_with_an_input_reads_as_stanford_wrote_it():
     assert question == (
         "Below is an instruction that describes a task, paired with an input that provides further context. "
         "Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### Response:"
+        "### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### Response:\n"
     )
 
 
@@ -292,7 +292,7 @@ def test_alpaca_without_an_input_leaves_it_out(extra):
     assert messages[0]["content"][0]["text"] == (
         "Below is an instruction that describes a task. "
         "Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nSay {hi}.\n\n### Response:"
+        "### Instruction:\nSay {hi}.\n\n### Response:\n"
     )
     assert messages[1] == assistant("{hi}")
 
@@ -600,3 +600,25 @@ def test_messages_share_no_mutable_structure_with_the_row(row):
     except DatasetError:
         return
     assert not containers(row) & containers(messages)
+
+
+def test_messages_whose_text_says_where_the_pictures_stand_are_read_so() -> None:
+    row = {
+        "messages": [{"role": "user", "content": "Left: <image> right: <image>"}, {"role": "assistant", "content": "Cats."}],
+        "images": ["a.png", "b.png"],
+    }
+    kinds = [part.get("image", part.get("text")) for part in format_messages(row)[0]["content"]]
+    assert kinds == ["Left: ", "a.png", " right: ", "b.png"]
+    with pytest.raises(DatasetError, match="2 <image> placeholders, 1 pictures"):
+        format_messages({**row, "images": ["a.png"]})
+
+
+def test_an_answer_that_is_only_a_picture_is_empty() -> None:
+    turns = [{"role": "user", "content": "Draw."}, {"role": "assistant", "content": [{"type": "image", "image": "a.png"}]}]
+    with pytest.raises(DatasetError, match="the answer is empty in turn 2"):
+        format_messages({"messages": turns})
+
+
+def test_without_pictures_the_word_stays_text() -> None:
+    row = {"messages": [{"role": "user", "content": "What is <image>?"}, {"role": "assistant", "content": "A tag."}]}
+    assert format_messages(row)[0]["content"] == [{"type": "text", "text": "What is <image>?"}]

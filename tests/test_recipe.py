@@ -222,3 +222,23 @@ def test_an_object_that_yaml_cannot_write_is_refused_by_its_key() -> None:
 def test_a_recipe_is_checked_when_it_is_made_in_python_too() -> None:
     with pytest.raises(ValueError, match="Field required"):
         Recipe.model_validate({"model": {"name": "m"}})
+
+
+def test_a_dollar_in_a_prompt_survives_saving_and_overriding(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("model: {name: m}\ndata: {source: d, prompt: 'It costs \\${Price}.'}\n")
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert recipe.data.prompt == "It costs ${Price}."
+    assert load_recipe(recipe, **{"lora.r": 4}).data.prompt == "It costs ${Price}."
+    (tmp_path / "again.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+
+
+def test_numbers_and_switches_written_as_text_are_what_they_say() -> None:
+    train = {"learning_rate": "2e-4", "gradient_checkpointing": "false"}
+    recipe = load_recipe({"model": {"name": "m"}, "data": {"source": "d"}, "train": train})
+    assert recipe.train == {"learning_rate": 2e-4, "gradient_checkpointing": False}
+
+
+def test_fields_that_would_contradict_vlmtune_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"`train.packing` is not for a recipe: rows are not packed"):
+        load_recipe({"model": {"name": "m"}, "data": {"source": "d"}, "train": {"packing": True}})

@@ -137,4 +137,4 @@ def test_alpaca_recipe_runs_on_a_small_model_and_leaves_out_the_row_that_is_too_
     assert run.family.name == "text"
     assert run.metrics["train_rows"] + run.metrics["held_out_rows"] == 11
     (reason,) = run.metrics["dropped_rows"].values()
-    assert "456 tokens" in reason
+    assert "457 tokens" in reason

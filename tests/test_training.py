@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,8 @@ import torch
 from peft import PeftModel
 from tiny import KINDS
 
-from vlmtune import MultimodalCollator, finetune, load_recipe
+from vlmtune import DatasetError, MultimodalCollator, RecipeError, finetune, load_recipe
+from vlmtune.console import console
 from vlmtune.merge import merge_adapter
 from vlmtune.model import load_base
 from vlmtune.result import Run
@@ -106,3 +108,58 @@ def test_two_processes_end_at_the_loss_of_one(recipe: MakeRecipe, tmp_path: Path
     assert done.returncode == 0, done.stderr[-2000:]
     history = json.loads((tmp_path / "two" / "history.json").read_text())["log"]
     assert [entry["loss"] for entry in history if "loss" in entry] == pytest.approx(losses(one), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_on_nf4_as_on_a_gpu_resumes_exactly_and_merges(recipe: MakeRecipe, tmp_path: Path, kind: str) -> None:
+    settings = {"model.quantization": "nf4", "model.dtype": "bfloat16", "train.max_steps": 4, "train.save_strategy": "steps"}
+    settings |= {"train.save_steps": 2, "merge": True, "lora.dropout": 0.1}
+    whole = finetune(recipe(kind, **settings, **{"train.output_dir": str(tmp_path / "whole")}))
+    stopped = recipe(kind, **settings, **{"train.output_dir": str(tmp_path / "stopped")})
+    with pytest.raises(KeyboardInterrupt):
+        finetune(stopped, collator=Interrupted(whole.prompter, after=3))
+    resumed = finetune(stopped, resume=True)
+    assert losses(resumed) == losses(whole)
+    assert {p.dtype for p in whole.model.parameters() if p.requires_grad} == {torch.bfloat16}
+    assert whole.metrics["merge_largest_difference"] <= 1e-4  # the checkpoint's own dtype is float32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_the_trainer_too_the_tower_has_no_gradient_hook(recipe: MakeRecipe, kind: str) -> None:
+    run = finetune(recipe(kind, **{"train.gradient_checkpointing": True, "train.max_steps": 1}))
+    base = run.model.get_base_model()
+    assert base.is_activation_checkpointing
+    assert not getattr(base, "_require_grads_hooks", [])
+    embedding = base.get_input_embeddings()
+    assert not embedding._forward_hooks
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_checkpointing_is_turned_off_by_its_old_and_by_its_new_name(recipe: MakeRecipe, name: str) -> None:
+    run = finetune(recipe(**{f"train.{name}": False, "train.max_steps": 1}))
+    assert not run.model.get_base_model().is_activation_checkpointing
+
+
+def test_another_alpha_is_not_resumed(recipe: MakeRecipe) -> None:
+    finetune(recipe())
+    with pytest.raises(RecipeError, match="holds another adapter than this recipe makes"):
+        finetune(recipe(**{"lora.alpha": 64}), resume=True)
+
+
+def test_the_bar_lets_go_of_the_terminal_when_training_fails(recipe: MakeRecipe) -> None:
+    def broken(rows: Any) -> dict[str, torch.Tensor]:
+        raise DatasetError("row 3 is bad")
+
+    with pytest.raises(DatasetError, match="row 3 is bad"):
+        finetune(recipe(), collator=broken)
+    assert console._live_stack == []
+
+
+def test_a_checkpoint_with_a_temperature_but_no_sampling_is_saved(
+    recipe: MakeRecipe, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(checkpoint("qwen2_vl"), tmp_path / "old")
+    path = tmp_path / "old" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"temperature": 0.9, "top_p": 0.6}))
+    run = finetune(recipe(**{"model.name": str(tmp_path / "old"), "merge": True}))
+    assert json.loads((run.adapter_dir / "merged" / "generation_config.json").read_text())["temperature"] == 0.9

@@ -27,8 +27,10 @@ SHOWN = {  # what the console shows of the trainer's log, in this order; short e
 class ProgressBar(TrainerCallback):
     """One bar for the steps, and a line of figures whenever the trainer logs."""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def __init__(self) -> None:
         self._bar = progress()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._task = self._bar.add_task("Training", total=state.max_steps, completed=state.global_step, text="")
         self._bar.start()
 
@@ -41,7 +43,8 @@ class ProgressBar(TrainerCallback):
             line = "  ".join([f"step {state.global_step}", f"epoch {state.epoch or 0:.2f}", *figures])
             console.print(line, highlight=False)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def stop(self) -> None:
+        """Leaves the terminal to others, also where training ended in an error."""
         self._bar.stop()
 
 
@@ -70,11 +73,15 @@ class HeldOutAnswers(TrainerCallback):
                 self._writer.add_image(f"held out/{number}, picture {place}", pil_to_tensor(picture), state.global_step)
 
 
-class Speed:
-    """Tokens a second between one call and the next."""
+class Speed(TrainerCallback):
+    """Tokens a second between one call and the next, in training alone."""
 
-    def __init__(self) -> None:
-        self._tokens, self._time = 0, time.perf_counter()
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._tokens, self._time = state.num_input_tokens_seen, time.perf_counter()  # a resumed run has seen some
+
+    def leave_out(self, seconds: float) -> None:
+        """Time that was not spent on training."""
+        self._time += seconds
 
     def __call__(self, tokens: int) -> float:
         now = time.perf_counter()

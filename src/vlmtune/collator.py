@@ -176,7 +176,7 @@ class MultimodalCollator:
         special = torch.tensor(sorted(self.tokenizer.added_tokens_decoder), dtype=input_ids.dtype)
         trained = end_at_stop_token(assistant_mask, torch.isin(input_ids, special))
         for place, row in enumerate(rows):
-            if not trained[place].any():
+            if _spans(trained[place]) < max(_spans(assistant_mask[place].bool()), 1):
                 raise ModelError(
                     f"the chat template of {type(self.processor).__name__} trains no stop token in {_name(row, place + 1)}: "
                     "its {% generation %} block should hold the answer and the token that ends it"
@@ -242,6 +242,11 @@ def _shipped_by_trl(own: str) -> str | None:
 def _picture_sizes(messages: Sequence[Mapping[str, Any]]) -> list[str]:
     pictures = [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
     return [f"{picture.width}×{picture.height}" for picture in pictures]
+
+
+def _spans(mask: Tensor) -> int:
+    """How many runs of true a mask `[seq]` has."""
+    return int(mask[:1].sum() + (mask[1:] & ~mask[:-1]).sum())
 
 
 def _name(row: Row, place: int) -> str:

@@ -32,9 +32,13 @@ NO_SPLIT = "hold rows out with data.eval_source, data.eval_fraction or data.eval
 SHOWN = 5  # wrong rows that an error names
 
 
+class Sample(dict[str, Any]):
+    """`{"messages": [...], "name": "row 17 of train.jsonl"}`: a row, formatted."""
+
+
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one data set, as samples `{"messages": [...], "name": "row 17 of train.jsonl"}`.
+    """Rows of one data set, as samples.
 
     Pictures are a path, URL, data URL, bytes or PIL image. Rows count from 1, as the lines of a file do.
     """
@@ -48,7 +52,7 @@ class Rows:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
+    def __getitem__(self, position: int) -> Sample:
         return self._sample(position)
 
     def raw(self, position: int) -> Row:
@@ -66,17 +70,24 @@ class Rows:
         """One more row, read as these are."""
         return replace(self, content=[row], indices=[0], source="the given rows")
 
-    def prompt(self, position: int) -> dict[str, Any]:
+    def prompt(self, position: int) -> Sample:
         """The sample without its last answer: what the model is asked."""
         return self._sample(position, prompt_only=True)
 
-    def _sample(self, position: int, *, prompt_only: bool = False) -> dict[str, Any]:
+    def answered(self, position: int) -> Sample:
+        """The sample, with its last answer where the row has one."""
+        try:
+            return self[position]
+        except DatasetError:
+            return self.prompt(position)
+
+    def _sample(self, position: int, *, prompt_only: bool = False) -> Sample:
         name = self.name(position)
         try:
             messages = format_messages(self.raw(position), **self.template, prompt_only=prompt_only)
         except DatasetError as error:
             raise DatasetError(f"{name}: {error}") from None
-        return {"messages": [_rooted(message, self.root) for message in messages], "name": name}
+        return Sample(messages=[_rooted(message, self.root) for message in messages], name=name)
 
 
 def spread(rows: Rows | Sequence[Any], count: int) -> list[Any]:
@@ -126,7 +137,7 @@ def load_data(section: DataSection, *, seed: int = 42) -> Split:
     if section.max_rows is not None:
         rows = rows.select(range(min(section.max_rows, len(rows))))
     if section.eval_source is not None or section.eval_split is not None:
-        held_out = _open(section, section.eval_source or section.source, section.eval_split or section.split)
+        held_out = _open(section, section.eval_source or section.source, section.eval_split or "train")
         if held_out.source == rows.source:  # the same name in another folder or split
             held_out = replace(held_out, source=f"{held_out.source} (held out)")
         return Split(rows, held_out)

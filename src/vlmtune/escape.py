@@ -58,15 +58,14 @@ class Escape:
         """The processor with a tokenizer that knows the private characters."""
         if self._processor is None:  # a copy of a real vocabulary takes a second: only where it is needed
             self._processor = _with_tokens(self._plain, [chr(FIRST + index) for index in range(len(self._ids))])
-            tokenizer = getattr(self._processor, "tokenizer", self._processor)
-            self._first_id = tokenizer.convert_tokens_to_ids(chr(FIRST))
         return self._processor
 
     def restore(self, input_ids: Tensor) -> Tensor:
         """The ids with those of private characters exchanged for the plain ones. `[batch, seq]` → `[batch, seq]`."""
-        private = input_ids >= self._first_id
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        first = tokenizer.convert_tokens_to_ids(chr(FIRST))
         plain = torch.tensor(self._ids, dtype=input_ids.dtype)
-        return torch.where(private, plain[(input_ids - self._first_id).clamp(min=0)], input_ids)
+        return torch.where(input_ids >= first, plain[(input_ids - first).clamp(min=0)], input_ids)
 
     def _part(self, part: Mapping[str, Any], role: str) -> dict[str, Any]:
         if part["type"] != "text":

@@ -35,7 +35,6 @@ def answers(
 ) -> list[str]:
     """The model's greedy answer to each sample `{"messages": [...]}`, whose last turn is the user's."""
     found: list[str] = []
-    stop = {collator.stop_token_id}
     with _evaluating(model), progress() as shown:
         task = shown.add_task(description, total=len(samples), text="")
         for start in range(0, len(samples), batch_size):
@@ -47,13 +46,20 @@ def answers(
                 temperature=None,
                 top_p=None,
                 top_k=None,
-                eos_token_id=sorted(stop),
+                eos_token_id=stop_token_ids(model, collator),
                 pad_token_id=collator.tokenizer.pad_token_id,
             )
             new = output[:, batch["input_ids"].shape[1] :]
             found += [text.strip() for text in collator.tokenizer.batch_decode(new, skip_special_tokens=True)]
             shown.advance(task, len(batch["input_ids"]))
     return found
+
+
+def stop_token_ids(model: Any, collator: MultimodalCollator) -> list[int]:
+    """Where generation ends: the stop token that was trained, and those of the checkpoint."""
+    own = model.generation_config.eos_token_id
+    listed = own if isinstance(own, list) else [own]
+    return sorted({collator.stop_token_id, *(token for token in listed if token is not None)})
 
 
 def accuracy(given: Sequence[str], expected: Sequence[str]) -> float:

@@ -16,10 +16,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
     GenerationConfig,
 )
 
@@ -27,7 +23,7 @@ from vlmtune.collator import MultimodalCollator
 from vlmtune.console import bar, command_line, decisions
 from vlmtune.errors import ModelError
 from vlmtune.families import Family, find_family
-from vlmtune.model import compute_dtype, load_config, old_names_allowed
+from vlmtune.model import compute_dtype, load_config, old_names_allowed, read_model, read_processor
 from vlmtune.output import MARK, claim, whole
 from vlmtune.recipe import ModelSection, load_recipe
 
@@ -47,6 +43,7 @@ def merge_adapter(
     out_dir: str | Path,
     *,
     base: str | None = None,
+    family: Family | str | None = None,
     dtype: str | None = None,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
@@ -60,6 +57,7 @@ def merge_adapter(
         adapter_dir: a run's directory, or any PEFT LoRA adapter.
         out_dir: a directory that does not exist or is empty.
         base: hub id or directory of the base, if it is no longer where the adapter says.
+        family: the `Family` that it was trained with, if that is neither the recipe's nor told by the checkpoint.
         dtype: of the merged weights: "bfloat16", "float16" or "float32"; None keeps the checkpoint's own.
         max_shard_size: of one weight file.
         overwrite: delete an earlier merge that lies in `out_dir`.
@@ -74,11 +72,12 @@ def merge_adapter(
         raise ModelError(f"dtype {dtype!r} is none of bfloat16, float16 and float32")
     section = _base_section(adapter_dir, base)
     claim(out_dir, overwrite=overwrite)
-    family = find_family(section.family, config=load_config(section))
-    processor = _load_processor(adapter_dir, section, family)
-    model = _load_whole(section.name, section, family, dtype)
+    found = find_family(family or section.family, config=load_config(section))
+    has_processor = (adapter_dir / "tokenizer_config.json").exists()
+    processor = read_processor(section, found, adapter_dir if has_processor else None)
+    model = read_model(section, found, dtype=dtype or "auto", device_map="cpu").eval()
     tuned = _with_adapter(model, adapter_dir)
-    probe = _probe(MultimodalCollator(processor, family, train_on_inputs=True), family)
+    probe = _probe(MultimodalCollator(processor, found, train_on_inputs=True))
     before = _logits(tuned, probe)
     changes = _changes(tuned)
     merged: Any = tuned.merge_and_unload()
@@ -90,16 +89,15 @@ def merge_adapter(
         kept = merged.dtype
         del model, tuned, merged  # one model in memory at a time
         gc.collect()
-        reloaded = _load_whole(str(partial), section, family, str(kept).removeprefix("torch."))
+        reloaded = read_model(section, found, partial, dtype=kept, device_map="cpu").eval()
         difference = (_logits(reloaded, probe) - before).abs().max().item()
         _refuse_other_answers(difference, before, kept)
     return MergeReport(out_dir, len(changes), max(changes.values()), difference)
 
 
-def load_merged(directory: Path, section: ModelSection) -> Any:
-    """A merged model, ready to answer, in the dtype in which the recipe computes."""
-    family = find_family(section.family, config=load_config(section))
-    return _load_whole(str(directory), section, family, str(compute_dtype(section)).removeprefix("torch."))
+def load_merged(directory: Path, section: ModelSection, family: Family) -> Any:
+    """A merged model, ready to answer: in the recipe's dtype, on the GPU as far as it fits there."""
+    return read_model(section, family, directory, dtype=compute_dtype(section), device_map="auto").eval()
 
 
 def _base_section(adapter_dir: Path, base: str | None) -> ModelSection:
@@ -115,23 +113,6 @@ def _base_section(adapter_dir: Path, base: str | None) -> ModelSection:
             raise ModelError(f"{adapter_dir} holds no adapter: adapter_config.json cannot be read ({error})") from error
         section = ModelSection(name=config.base_model_name_or_path or "?", revision=config.revision)
     return section.model_copy(update={"name": base, "revision": None}) if base else section
-
-
-def _load_processor(adapter_dir: Path, section: ModelSection, family: Family) -> Any:
-    auto = AutoProcessor if family.takes_images else AutoTokenizer
-    has_own = (adapter_dir / "tokenizer_config.json").exists()
-    return auto.from_pretrained(str(adapter_dir) if has_own else section.name, trust_remote_code=section.trust_remote_code)
-
-
-def _load_whole(name: str, section: ModelSection, family: Family, dtype: str | None) -> Any:
-    auto = AutoModelForImageTextToText if family.takes_images else AutoModelForCausalLM
-    options: dict[str, Any] = {"revision": section.revision or "main"} if name == section.name else {}
-    try:
-        return auto.from_pretrained(
-            name, dtype=dtype or "auto", device_map="cpu", trust_remote_code=section.trust_remote_code, **options
-        ).eval()
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model {name} cannot be loaded: {' '.join(str(error).split())}; name it with base=") from error
 
 
 def _with_adapter(model: Any, adapter_dir: Path) -> PeftModel:
@@ -185,10 +166,10 @@ def _largest_change(module: Any) -> float:
         return max((module.get_delta_weight(name).abs().max().item() for name in module.active_adapters), default=0.0)
 
 
-def _probe(collator: MultimodalCollator, family: Family) -> dict[str, Tensor]:
+def _probe(collator: MultimodalCollator) -> dict[str, Tensor]:
     """A question with a picture of noise: text and eyes both take part."""
     noise = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    picture = [{"type": "image", "image": Image.fromarray(noise.numpy())}] if family.takes_images else []
+    picture = [{"type": "image", "image": Image.fromarray(noise.numpy())}] if collator.family.takes_images else []
     question = {"role": "user", "content": [*picture, {"type": "text", "text": "What is this?"}]}
     answer = {"role": "assistant", "content": [{"type": "text", "text": "A probe."}]}
     batch = collator([{"messages": [question, answer]}])

@@ -56,7 +56,8 @@ class RowFormat:
     read: Callable[[Row, Templates], Sequence[Any]]
     columns: tuple[str, ...] = ()  # a row of this format has them: `auto` goes by that
     answer: str | None = None  # one more, which may be missing where no answer is wanted
-    marked: bool = False  # `<image>` in a user's text stands for a picture, and every picture has one
+    # `<image>` in a user's text stands for a picture, and every picture has one; None: where a row with pictures has it
+    marked: bool | None = False
     templated: bool = False  # made from prompt= and response=
 
     def wanted(self, prompt_only: bool) -> tuple[str, ...]:
@@ -107,8 +108,10 @@ def format_messages(
         _check_order(turns, prompt_only)
         if prompt_only and turns[-1]["role"] == "assistant":
             turns.pop()
-        messages = [_message(turn, number, chosen.marked) for number, turn in enumerate(turns, 1)]
-        _place_pictures(messages, _row_pictures(row, images), marked=chosen.marked)
+        pictures = _row_pictures(row, images)
+        marked = _has_marks(turns, pictures) if chosen.marked is None else chosen.marked
+        messages = [_message(turn, number, marked) for number, turn in enumerate(turns, 1)]
+        _place_pictures(messages, pictures, marked=marked)
         _check_contents(messages)
         return _with_system(messages, "" if system is None else _fill(system, row))
     except DatasetError as error:
@@ -192,6 +195,12 @@ def _check_order(turns: Sequence[Message], prompt_only: bool) -> None:
         raise DatasetError(f"the last turn is the {roles[-1]}'s, wanted the assistant's: it is what is learnt.")
 
 
+def _has_marks(turns: Sequence[Message], pictures: Sequence[Any]) -> bool:
+    """Whether plain texts say where the row's pictures stand, as LLaMA-Factory and ms-swift write messages."""
+    asked = [turn["content"] for turn in turns if turn["role"] == "user"]
+    return bool(pictures) and all(isinstance(text, str) for text in asked) and any("<image>" in text for text in asked)
+
+
 def _message(turn: Message, number: int, marked: bool) -> Message:
     role, content, where = turn["role"], turn["content"], f"turn {number} ({turn['role']})"
     if content is None:
@@ -235,16 +244,17 @@ def _split(text: str) -> list[Part]:
 
 def _check_contents(messages: Sequence[Message]) -> None:
     for number, message in enumerate(messages, 1):
-        if message["role"] != "system" and not _says_something(message):
+        if message["role"] != "system" and not _says_something(message, in_words=message["role"] == "assistant"):
             what = "the answer" if message["role"] == "assistant" else "the user's text"
             raise DatasetError(f"{what} is empty in turn {number}.")
         message["content"] = [part for part in message["content"] if part.get("text") != ""]
-        if any(LONE_SURROGATE.search(part.get("text", "")) for part in message["content"]):
+        if any(part["type"] == "text" and LONE_SURROGATE.search(part["text"]) for part in message["content"]):
             raise DatasetError(f"the text of turn {number} holds half of a UTF-16 pair, which is no character.")
 
 
-def _says_something(message: Message) -> bool:
-    return any(part["type"] != "text" or part["text"].strip() for part in message["content"])
+def _says_something(message: Message, *, in_words: bool = False) -> bool:
+    """Whether there is a text that is not blank or, unless `in_words`, a picture."""
+    return any(part["text"].strip() if part["type"] == "text" else not in_words for part in message["content"])
 
 
 def _with_system(messages: list[Message], default: str) -> list[Message]:
@@ -429,17 +439,17 @@ def _read_prompt_completion(row: Row, templates: Templates) -> list[Any]:
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{}\n\n### Input:\n{}\n\n### Response:"
+    "### Instruction:\n{}\n\n### Input:\n{}\n\n### Response:\n"
 )
 ALPACA_WITHOUT_INPUT = (
     "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{}\n\n### Response:"
+    "### Instruction:\n{}\n\n### Response:\n"
 )
 
 COLUMNS = RowFormat("columns", _read_columns, templated=True)
-OPENAI = RowFormat("openai", lambda row, _: _turns(row, "messages"), ("messages",))
+OPENAI = RowFormat("openai", lambda row, _: _turns(row, "messages"), ("messages",), marked=None)
 SHAREGPT = RowFormat("sharegpt", lambda row, _: _turns(row, "conversations"), ("conversations",), marked=True)
 ALPACA = RowFormat("alpaca", _read_alpaca, ("instruction",), answer="output")
-PROMPT_COMPLETION = RowFormat("prompt_completion", _read_prompt_completion, ("prompt",), answer="completion")
+PROMPT_COMPLETION = RowFormat("prompt_completion", _read_prompt_completion, ("prompt",), answer="completion", marked=None)
 FORMATS = {each.name: each for each in (COLUMNS, OPENAI, SHAREGPT, ALPACA, PROMPT_COMPLETION)}

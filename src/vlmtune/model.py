@@ -9,7 +9,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,30 +50,40 @@ def load_model(recipe: Recipe, *, family: Family | str | None = None) -> tuple[P
 
     """
     processor, found = load_processor(recipe, family=family)
-    base = load_base(recipe.model, found)
+    base = load_base(recipe.model, found, use_cpu=bool(recipe.train.get("use_cpu")))
     return add_adapter(base, found, recipe.lora), processor, found
 
 
 def load_processor(recipe: Recipe, *, family: Family | str | None = None) -> tuple[Processor, Family]:
     """The checkpoint's processor with the recipe's pixel settings, and the family."""
     section = recipe.model
-    config = load_config(section)
-    found = find_family(family or section.family, config=config)
-    auto = AutoProcessor if found.takes_images else AutoTokenizer
-    kind = "processor" if found.takes_images else "tokenizer"
-    try:
-        processor: Processor = auto.from_pretrained(section.name, **_origin(section))
-    except Exception as error:  # tokenizers raises the bare class, transformers a handful
-        raise ModelError(f"{section.name} has no usable {kind}: {_one_line(error)}") from error
-    if found.takes_images and not hasattr(processor, "image_processor"):
-        raise ModelError(
-            f"{section.name} has no processor, only a {type(processor).__name__}: put the checkpoint's "
-            "preprocessor_config.json or processor_config.json beside its weights"
-        )
+    found = find_family(family or section.family, config=load_config(section))
+    processor = read_processor(section, found)
     images = recipe.images
     if images.min_pixels or images.max_pixels:
         found.set_pixels(processor, min_pixels=images.min_pixels, max_pixels=images.max_pixels)
     return processor, found
+
+
+def read_processor(section: ModelSection, family: Family, directory: Path | None = None) -> Processor:
+    """The processor, or a language model's tokenizer, of the checkpoint or of another directory.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+
+    """
+    auto = AutoProcessor if family.takes_images else AutoTokenizer
+    kind = "processor" if family.takes_images else "tokenizer"
+    try:
+        processor: Processor = auto.from_pretrained(directory or section.name, **_origin(section, directory))
+    except Exception as error:  # tokenizers raises the bare class, transformers a handful
+        raise ModelError(f"{directory or section.name} has no usable {kind}: {_one_line(error)}") from error
+    if family.takes_images and not hasattr(processor, "image_processor"):
+        raise ModelError(
+            f"{directory or section.name} has no processor, only a {type(processor).__name__}: put the checkpoint's "
+            "preprocessor_config.json or processor_config.json beside its weights"
+        )
+    return processor
 
 
 def load_config(section: ModelSection) -> Any:
@@ -90,30 +100,45 @@ def load_config(section: ModelSection) -> Any:
         raise ModelError(f"model {section.name}: no checkpoint to be found in this {what}: {_one_line(error)}") from error
 
 
-def load_base(section: ModelSection, family: Family) -> PreTrainedModel:
+def load_base(section: ModelSection, family: Family, *, use_cpu: bool = False) -> PreTrainedModel:
     """The checkpoint's model, quantised, frozen, on this process's device."""
-    auto = AutoModelForImageTextToText if family.takes_images else AutoModelForCausalLM
     dtype = compute_dtype(section)
-    try:
-        model = auto.from_pretrained(
-            section.name,
-            dtype=dtype,
-            device_map={"": device()},
-            attn_implementation=section.attention,
-            quantization_config=quantization_config(section, family, dtype),
-            **_origin(section),
-        )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"model {section.name} cannot be loaded: {_one_line(error)}") from error
+    model = read_model(
+        section,
+        family,
+        dtype=dtype,
+        device_map={"": device(use_cpu=use_cpu)},
+        attn_implementation=section.attention,
+        quantization_config=quantization_config(section, family, dtype),
+    )
     keep_training_layout(model)
     return model.requires_grad_(False)
 
 
-def device() -> torch.device:
+def read_model(section: ModelSection, family: Family, directory: Path | None = None, **options: Any) -> PreTrainedModel:
+    """The model of the checkpoint or of another directory; `options` of `from_pretrained`.
+
+    Raises:
+        ModelError: it cannot be read.
+
+    """
+    auto = AutoModelForImageTextToText if family.takes_images else AutoModelForCausalLM
+    try:
+        model = auto.from_pretrained(directory or section.name, **_origin(section, directory), **options)
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"model {directory or section.name} cannot be loaded: {_one_line(error)}") from error
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # a temperature without do_sample: older checkpoints have it, and transformers refuses to save it
+        model.generation_config.do_sample = True
+    return model
+
+
+def device(*, use_cpu: bool = False) -> torch.device:
     """CUDA, Apple or CPU, by what is there; with several processes, each its own card."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not use_cpu:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    if torch.backends.mps.is_available():
+    if torch.backends.mps.is_available() and not use_cpu:
         return torch.device("mps")
     return torch.device("cpu")
 
@@ -274,8 +299,9 @@ def match_adapter_dtype(model: PeftModel, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.float()
 
 
-def _origin(section: ModelSection) -> Mapping[str, Any]:
-    return {"revision": section.revision or "main", "trust_remote_code": section.trust_remote_code}
+def _origin(section: ModelSection, directory: Path | None = None) -> dict[str, Any]:
+    revision = {} if directory else {"revision": section.revision or "main"}
+    return {"trust_remote_code": section.trust_remote_code, **revision}
 
 
 def _one_line(error: BaseException) -> str:

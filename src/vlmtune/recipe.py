@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, cast, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
@@ -34,6 +34,17 @@ NOT_NEGATIVE = {
     "seed",
     "data_seed",
     "neftune_noise_alpha",
+}
+
+NOT_FOR_TRAIN = {  # fields of SFTConfig that would contradict what vlmtune does
+    "assistant_only_loss": "`train_on_inputs` says what the loss is on",
+    "completion_only_loss": "`train_on_inputs` says what the loss is on",
+    "packing": "rows are not packed",
+    "padding_free": "rows are not packed",
+    "chat_template_path": "the template comes with the checkpoint or its family",
+    "model_init_kwargs": "the `model` section says how the model is loaded",
+    "remove_unused_columns": "the collator needs every column",
+    "dataset_kwargs": "the collator prepares the rows",
 }
 
 
@@ -126,10 +137,11 @@ class Recipe(Section):
     @field_validator("train")
     @classmethod
     def _fields_of_sft_config(cls, train: dict[str, Any]) -> dict[str, Any]:
-        mistakes = list(_train_mistakes(train))
+        mistakes: list[tuple[str, str]] = []
+        checked = _checked_train(train, mistakes)
         if mistakes:
             raise PydanticCustomError("train", "several", {"mistakes": mistakes})
-        return train
+        return checked
 
     @property
     def output_dir(self) -> Path:
@@ -138,7 +150,8 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """The recipe with all its defaults, in YAML from which `load_recipe` makes an equal recipe."""
-        return OmegaConf.to_yaml(OmegaConf.create(self.model_dump(mode="json")))
+        text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return text.replace("${", r"\${")  # a prompt's dollar, not another key's value
 
 
 def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: Any) -> Recipe:
@@ -152,13 +165,14 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: An
         RecipeError: lists every mistake with its line in the file and, for a misspelt key, what was probably meant.
 
     """
+    if isinstance(recipe, Recipe):
+        return _with_overrides(recipe, overrides)
     text = _read(Path(recipe)) if isinstance(recipe, str | Path) else None
     where = str(recipe) if text is not None else "recipe"
-    values = recipe.model_dump() if isinstance(recipe, Recipe) else recipe
-    if not isinstance(values, str | Path | Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  (a notebook passes anything)
+    if not isinstance(recipe, str | Path | Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  (a notebook passes anything)
         raise RecipeError(f"a recipe is a file's path, a mapping or a Recipe, not a {type(recipe).__name__}")
     try:
-        config = OmegaConf.create(text if text is not None else dict(values))  # type: ignore[arg-type]
+        config = OmegaConf.create(text if text is not None else dict(recipe))  # type: ignore[arg-type]
         for key, value in overrides.items():
             OmegaConf.update(config, key, value, merge=False)
         content = OmegaConf.to_container(config, resolve=True)
@@ -171,10 +185,27 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: An
         content = None
     if not isinstance(content, dict):
         raise RecipeError(f"{where} holds no recipe: keys such as `model` and `data` are missing")
+    return _validated(cast("dict[str, Any]", content), where, _key_lines(text) if text is not None else {})
+
+
+def _with_overrides(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
+    """A checked recipe with other values; its `${...}` were resolved when it was read."""
+    content = recipe.model_dump()
+    for path, value in overrides.items():
+        *sections, key = path.split(".")
+        inner = content
+        for section in sections:
+            inner = inner.setdefault(section, {})
+            if not isinstance(inner, dict):
+                raise RecipeError(f"override `{path}`: `{section}` is a value and has no keys")
+        inner[key] = value
+    return _validated(content, "recipe", {})
+
+
+def _validated(content: Mapping[str, Any], where: str, lines: Mapping[Path_, int]) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        lines = _key_lines(text) if text is not None else {}
         mistakes = sorted(dict(_describe(error)).items(), key=lambda mistake: _line(mistake[0], lines) or 0)
         listed = "".join(f"\n  {_place(path, lines)}{message}" for path, message in mistakes)
         count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
@@ -222,26 +253,33 @@ def _mistake(message: str) -> PydanticCustomError:
     return PydanticCustomError("recipe", "{text}", {"text": message})
 
 
-def _train_mistakes(train: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(key, message) for every value that is not a field of SFTConfig, or not of that field's type."""
+def _checked_train(train: Mapping[str, Any], mistakes: list[tuple[str, str]]) -> dict[str, Any]:
+    """The values as SFTConfig's types want them; what is no field of it, or not of its type, goes into `mistakes`."""
     if not train:
-        return
+        return {}
     from trl import SFTConfig  # seconds: only where a recipe has a train section
 
     types = get_type_hints(SFTConfig)
     names = [field.name for field in dataclasses.fields(SFTConfig) if field.init]
+    rules = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
+    checked = dict(train)
     for key, value in train.items():
+        if key in NOT_FOR_TRAIN:
+            mistakes.append((key, f"is not for a recipe: {NOT_FOR_TRAIN[key]}"))
+            continue
         if key not in names:
-            yield key, f"is not a field of trl.SFTConfig.{did_you_mean(key, names)}"
+            mistakes.append((key, f"is not a field of trl.SFTConfig.{did_you_mean(key, names)}"))
             continue
         try:
-            rules = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
-            checked = TypeAdapter(types[key], config=rules).validate_python(value)
+            typed = TypeAdapter(types[key], config=rules).validate_python(value)
         except ValidationError as error:
-            yield key, f"is {value!r}: {error.errors()[0]['msg'].lower()}"
+            mistakes.append((key, f"is {value!r}: {error.errors()[0]['msg'].lower()}"))
             continue
-        if isinstance(checked, int | float) and (wanted := _out_of_range(key, checked)):
-            yield key, f"is {value!r}: input should be {wanted}"
+        if isinstance(typed, int | float):  # "2e-4" and "false" are what they say
+            checked[key] = typed
+            if wanted := _out_of_range(key, typed):
+                mistakes.append((key, f"is {value!r}: input should be {wanted}"))
+    return checked
 
 
 def _out_of_range(key: str, value: float) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from vlmtune import evaluation
 from vlmtune.collator import MultimodalCollator
 from vlmtune.console import decisions
-from vlmtune.data import Rows, Split, spread
+from vlmtune.data import Rows, Sample, Split, spread
 from vlmtune.evaluation import Comparison
 from vlmtune.families import Family
 from vlmtune.merge import load_merged, merge_adapter
@@ -55,8 +55,8 @@ class Run:
         return self.split.held_out
 
     def generate(self, row: Row, *, max_new_tokens: int | None = None) -> str:
-        """The tuned model's answer to a row of the data set, or to a sample `{"messages": [...]}` of these `Rows`."""
-        asked = evaluation.question(row) if _is_sample(row) else self.train_rows.alone(row).prompt(0)
+        """The tuned model's answer to a row of the data set, answered or not, or to a sample of these `Rows`."""
+        asked = evaluation.question(row) if isinstance(row, Sample) else self.train_rows.alone(row).prompt(0)
         options = answer_options(self.recipe.eval, max_new_tokens)
         return evaluation.answers(self.model, self.prompter, [asked], **options)[0]
 
@@ -64,14 +64,15 @@ class Run:
         """Base against tuned model, adapter off and on in this one process.
 
         Args:
-            rows: rows of the data set or samples of these `Rows`; None takes `eval.samples` of the held-out rows, or of the
-                training rows where none were held out.
+            rows: rows of the data set, answered or not, or samples of these `Rows`; None takes `eval.samples` of the
+                held-out rows, or of the training rows where none were held out.
+            max_new_tokens: longest answer; None takes the recipe's.
 
         """
         if rows is None:
             samples: list[Row] = spread(self.held_out or self.train_rows, self.recipe.eval.samples)
         else:
-            samples = [row if _is_sample(row) else self.train_rows.alone(row)[0] for row in rows]
+            samples = [row if isinstance(row, Sample) else self.train_rows.alone(row).answered(0) for row in rows]
         options = answer_options(self.recipe.eval, max_new_tokens)
         return evaluation.compare(self.model, self.prompter, samples, **options)
 
@@ -84,9 +85,7 @@ def answer_options(section: EvalSection, max_new_tokens: int | None = None) -> d
 def save(run: Run) -> None:
     """Writes the adapter with all that is needed to reproduce, merge and serve it; whole or not at all."""
     generation = run.model.generation_config
-    stop = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
-    generation.eos_token_id = sorted({token for token in [*stop, run.prompter.stop_token_id] if token is not None})
-    run.processor.chat_template = run.prompter.chat_template  # what was trained is what is served
+    generation.eos_token_id = evaluation.stop_token_ids(run.model, run.prompter)
     with whole(run.adapter_dir) as directory:
         run.model.save_pretrained(str(directory))
         run.processor.save_pretrained(str(directory))
@@ -108,10 +107,10 @@ def evaluate(run: Run) -> None:
     if samples:
         _compare(run, samples)
     if run.recipe.merge:
-        report = merge_adapter(run.adapter_dir, run.adapter_dir / "merged", overwrite=True)
+        report = merge_adapter(run.adapter_dir, run.adapter_dir / "merged", family=run.family, overwrite=True)
         run.metrics["merge_largest_difference"] = report.largest_difference
         if section.accuracy and samples:
-            merged = load_merged(run.adapter_dir / "merged", run.recipe.model)
+            merged = load_merged(run.adapter_dir / "merged", run.recipe.model, run.family)
             run.metrics["merged_accuracy"] = _accuracy(run, samples, merged, "Merged model")
     write_json(run.adapter_dir / "metrics.json", run.metrics)
     scores = {name.replace("_", " "): f"{value:.1%}" for name, value in run.metrics.items() if name.endswith("_accuracy")}
@@ -151,7 +150,3 @@ def _places(directory: Path) -> dict[str, Any]:
     if (directory / "runs").exists():
         there["TensorBoard"] = f"tensorboard --logdir {directory / 'runs'}"
     return there
-
-
-def _is_sample(row: Row) -> bool:
-    return "messages" in row and "name" in row

@@ -7,11 +7,11 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -40,6 +40,12 @@ from vlmtune.recipe import Recipe, load_recipe
 from vlmtune.result import Run, answer_options, evaluate, save
 
 Row = Mapping[str, Any]
+CHECKPOINTING = (  # switch and options, by their old and their new names
+    "gradient_checkpointing",
+    "gradient_checkpointing_kwargs",
+    "activation_checkpointing",
+    "activation_checkpointing_kwargs",
+)
 Collator = Callable[[Sequence[Row]], Mapping[str, Tensor]]
 
 
@@ -77,6 +83,7 @@ def finetune(
     split = _usable_rows(checked, config.seed)
     model, processor, found = load_model(checked, family=family)
     prompter = MultimodalCollator(processor, found, checked.train_on_inputs, max_length=_longest_row(checked, model))
+    processor.chat_template = prompter.chat_template  # what is trained is what is saved, in checkpoints too
     if "drop" in (checked.on_bad_row, checked.on_too_long):
         split = _accepted_rows(checked, split, prompter)
     if checkpoint is not None:
@@ -101,9 +108,27 @@ def finetune(
 class Trainer(SFTTrainer):
     """TRL's trainer; its log says how many tokens a second are trained on."""
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def __init__(self, *args: Any, callbacks: list[TrainerCallback], **kwargs: Any) -> None:
         self._speed = Speed()
-        return super().train(*args, **kwargs)
+        super().__init__(*args, callbacks=[self._speed, *callbacks], **kwargs)
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Loads the adapter in the dtype that it is trained in: peft makes every 16-bit one float32.
+
+        https://github.com/huggingface/peft/blob/main/src/peft/peft_model.py (`load_adapter`, `autocast_adapter_dtype`)
+        """
+        model = cast("PeftModel", self.model)
+        dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        super()._load_from_checkpoint(*args, **kwargs)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtypes[name])
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        started = time.perf_counter()
+        metrics = super().evaluate(*args, **kwargs)
+        self._speed.leave_out(time.perf_counter() - started)
+        return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -145,12 +170,40 @@ def sft_config(recipe: Recipe) -> SFTConfig:
     }
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and defaults["use_cpu"]:
         defaults["ddp_backend"] = "gloo"
-    for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+    for name in CHECKPOINTING:
         given.pop(name, None)
     try:
-        return SFTConfig(**{**defaults, **given, **fixed})
+        config = SFTConfig(**{**defaults, **given, **fixed})
     except (ValueError, TypeError, RuntimeError, ImportError) as error:  # ImportError: deepspeed, liger and the like
         raise RecipeError(f"`train` section: {' '.join(str(error).split())}") from None
+    if config.n_gpu > 1:  # one process uses one card, and does not count the others: torchrun starts a process for each
+        # https://github.com/huggingface/transformers/blob/main/src/transformers/training_args.py (`n_gpu`)
+        config._n_gpu = 1  # pyright: ignore[reportPrivateUsage]
+    return config
+
+
+def checkpoint_every(recipe: Recipe) -> int:
+    """Every how many layers activations are recomputed in the backward pass; 0 keeps them all.
+
+    transformers 5 calls it activation checkpointing and TRL still gradient checkpointing: both names count.
+
+    Raises:
+        RecipeError: options that would train an adapter wrongly or that are none.
+
+    """
+    on, named = True, dict[str, Any]()
+    for switch, kwargs in zip(CHECKPOINTING[::2], CHECKPOINTING[1::2], strict=True):
+        on = on if recipe.train.get(switch) is None else recipe.train[switch]
+        named = recipe.train.get(kwargs) or named
+    if named.get("use_reentrant"):
+        raise RecipeError(f"`train.{CHECKPOINTING[1]}.use_reentrant` is true; only false trains adapters rightly here")
+    unknown = sorted(set(named) - {"use_reentrant", "every_n_layers"})
+    if unknown:
+        raise RecipeError(
+            f"`train.{CHECKPOINTING[1]}.{unknown[0]}` is not an option: there is every_n_layers, and use_reentrant, which is "
+            "false"
+        )
+    return named.get("every_n_layers", 1) if on else 0
 
 
 def _with_absolute_model(recipe: Recipe) -> Recipe:
@@ -202,11 +255,16 @@ def _refuse_another_adapter(model: PeftModel, checkpoint: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise OutputError(f"checkpoint {checkpoint} is damaged ({error}): delete it to resume from the one before") from error
     shapes = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model).items()}
-    if shapes != {name: tensor.shape for name, tensor in saved.items()}:
+    before, now = PeftConfig.from_pretrained(str(checkpoint)), model.peft_config["default"]
+    scales = ("lora_alpha", "use_rslora", "use_dora")
+    same_scale = all(getattr(before, name) == getattr(now, name) for name in scales)
+    if not same_scale or shapes != {name: tensor.shape for name, tensor in saved.items()}:
         raise RecipeError(
             f"checkpoint {checkpoint} holds another adapter than this recipe makes: resume with the `model` and `lora` that it "
             "was trained with"
         )
+    if not (checkpoint / "optimizer.pt").exists():
+        raise OutputError(f"checkpoint {checkpoint} has no optimizer.pt: a run with train.save_only_model cannot be resumed")
 
 
 def _longest_row(recipe: Recipe, model: Any) -> int | None:
@@ -228,19 +286,9 @@ def _open_output(recipe: Recipe, *, afresh: bool) -> None:
 def _trainer(
     recipe: Recipe, config: SFTConfig, model: Any, split: Split, prompter: MultimodalCollator, collator: Collator
 ) -> Trainer:
-    options: dict[str, Any] = recipe.train.get("gradient_checkpointing_kwargs") or {}
-    if options.get("use_reentrant"):
-        raise RecipeError(
-            "`train.gradient_checkpointing_kwargs.use_reentrant` is true; only false trains adapters rightly here"
-        )
-    unknown = sorted(set(options) - {"use_reentrant", "every_n_layers"})
-    if unknown:
-        raise RecipeError(
-            f"`train.gradient_checkpointing_kwargs.{unknown[0]}` is not an option: there is every_n_layers, and use_reentrant, "
-            "which is false"
-        )
-    if recipe.train.get("gradient_checkpointing", True):
-        use_checkpointing(model, options.get("every_n_layers", 1))
+    every = checkpoint_every(recipe)
+    if every != 0:
+        use_checkpointing(model, every)
     callbacks = _callbacks(recipe, split, prompter)
     try:
         trainer = Trainer(
@@ -252,7 +300,7 @@ def _trainer(
             processing_class=prompter.processor,
             callbacks=callbacks,
         )
-    except ValueError as error:
+    except (ValueError, TypeError, OSError) as error:
         raise RecipeError(f"`train` section: {' '.join(str(error).split())}") from error
     match_adapter_dtype(model, compute_dtype(recipe.model))
     if ProgressCallback in map(type, trainer.callback_handler.callbacks):  # in a notebook the trainer shows a table
@@ -297,6 +345,10 @@ def _train(trainer: Trainer, checkpoint: Path | None) -> float:
             "the GPU's memory is full: lower train.per_device_train_batch_size (and raise gradient_accumulation_steps), lower "
             f"images.max_pixels, or set train.gradient_checkpointing: true ({str(error).splitlines()[0]})"
         ) from error
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressBar):
+                callback.stop()
     return time.perf_counter() - started
 
 
@@ -324,7 +376,7 @@ def _show_decisions(run: Run) -> None:
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
     rows: dict[str, Any] = {
         "model": f"{recipe.model.name} ({run.family.name}, {recipe.model.quantization}, {run.model.dtype})",
-        "device": f"{args.device} × {world}",
+        "device": f"{args.device} × {world}{_idle_cards(world)}",
     }
     for count in parameter_counts(run.model, run.family):
         rows[count.part] = f"{count.trainable:,} of {count.total:,} parameters trainable ({count.dtypes})"
@@ -339,6 +391,11 @@ def _show_decisions(run: Run) -> None:
     decisions("This run", rows)
     for name, reason in list(run.split.dropped.items())[:20]:
         console.print(f"dropped {name}: {reason}", style="yellow", highlight=False)
+
+
+def _idle_cards(world: int) -> str:
+    count = torch.cuda.device_count()
+    return f" ({count} are here: torchrun --nproc_per_node={count} uses them all)" if count > world else ""
 
 
 def _listed(value: Any) -> list[str]:
