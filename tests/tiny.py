@@ -118,16 +118,15 @@ def make_checkpoint(kind: str, directory: Path) -> Path:
 TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
+def _qwen_text(vocabulary: int, tokenizer: Any) -> dict[str, Any]:
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    sizes = {"num_hidden_layers": 2, "vocab_size": vocabulary, "max_position_embeddings": 2048}
+    return {**TEXT, **sizes, "rope_parameters": rope, **_ids(tokenizer)}
+
+
 def _qwen2_vl(vocabulary: int, tokenizer: Any) -> torch.nn.Module:
     config = transformers.Qwen2VLConfig(
-        text_config={
-            **TEXT,
-            "num_hidden_layers": 2,
-            "vocab_size": vocabulary,
-            "max_position_embeddings": 2048,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
-            **_ids(tokenizer),
-        },
+        text_config=_qwen_text(vocabulary, tokenizer),
         vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2},
         tie_word_embeddings=False,
         **_qwen_ids(tokenizer),
@@ -137,14 +136,7 @@ def _qwen2_vl(vocabulary: int, tokenizer: Any) -> torch.nn.Module:
 
 def _qwen2_5_vl(vocabulary: int, tokenizer: Any) -> torch.nn.Module:
     config = transformers.Qwen2_5_VLConfig(
-        text_config={
-            **TEXT,
-            "num_hidden_layers": 2,
-            "vocab_size": vocabulary,
-            "max_position_embeddings": 2048,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
-            **_ids(tokenizer),
-        },
+        text_config=_qwen_text(vocabulary, tokenizer),
         vision_config={
             "depth": 2,
             "hidden_size": 32,
