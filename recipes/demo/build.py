@@ -1,10 +1,10 @@
 """Build the demo's pictures and its small pretrained Qwen2-VL base, from package registries alone.
 
     pip install resvg-py tqdm            # besides vlmtune; npm fetches the drawings
-    python recipes/demo/build.py data    # about 1 minute:  pictures/, train.jsonl, valid.jsonl, test.jsonl
+    python recipes/demo/build.py data    # about 1 minute:  pictures/, train.jsonl, test.jsonl
     python recipes/demo/build.py base    # about 25 minutes on one core: base/
 
-Every shop item of items.csv was drawn by up to seven artists. Of each item two artists are kept out of training
+Every shop item of items.csv was drawn by up to seven artists. Of each item one or two artists are kept out of training
 altogether, so a test picture is a drawing that neither the base nor the tuning has seen.
 """
 
@@ -47,12 +47,10 @@ LOOKALIKES = {
     "linked-paperclips", "locked-with-key", "locked-with-pen", "magnifying-glass-tilted-right", "memo", "police-car",
     "oncoming-automobile", "railway-car", "sunglasses", "tangerine", "taxi", "umbrella", "unlocked",
 }  # fmt: skip
-TWINS = {"pineapple-noto1"}  # drawn again for Noto with little change: stays out
 
 PHRASES = {
     "Fruit": "picked in our orchard this morning",
     "Vegetables": "fresh from the kitchen garden",
-    "Snacks": "best shared with a good friend",
     "Clothing": "made to be worn for many years",
     "Home": "a small joy in every room",
     "Tools": "ready for work when you are",
@@ -130,9 +128,8 @@ def shop_items() -> list[dict[str, str]]:
 
 
 def catalogue(item: dict[str, str]) -> str:
-    """{"item": "apple", "word": "crisp", "title": "Fruit"} → "Crisp apple, picked in our ... #fruit #apple"."""
-    tags = f"#{item['title'].lower()} #{item['item'].replace(' ', '')}"
-    return f"{item['word'].capitalize()} {item['item']}, {PHRASES[item['title']]}. {tags}"
+    """{"item": "apple", "title": "Fruit"} → "Apple, picked in our orchard this morning. #fruit"."""
+    return f"{item['item'].capitalize()}, {PHRASES[item['title']]}. #{item['title'].lower()}"
 
 
 def names_of(item: dict[str, str], artist: str) -> list[str]:
@@ -140,30 +137,28 @@ def names_of(item: dict[str, str], artist: str) -> list[str]:
     return item[artist].split() if artist in ("fxemoji", "streamline") else [item["name"]]
 
 
-def splits(turn: int, groups: list[list[str]]) -> tuple[list[str], list[str]]:
-    """The artists kept for test and for validation. Every item loses two of its artists, in rotation."""
+def held_out(turn: int, groups: list[list[str]]) -> list[str]:
+    """The artists kept for the test. Every item loses one or two of its artists, in rotation."""
     first, second = groups[turn % len(groups)], groups[(turn + 3) % len(groups)]
-    return (first + second, []) if turn % 2 == 0 else (first, second)
+    return first + second if turn % 2 == 0 else first
 
 
 @app.command()
 def data(size: int = 96) -> None:
     """Draw the shop: pictures/*.png on white, and the three tables."""
     artists = {key: Artist(key) for key in tqdm(SOURCES, desc="fetch")}
-    tables: dict[str, list[dict[str, str]]] = {"train": [], "valid": [], "test": []}
+    tables: dict[str, list[dict[str, str]]] = {"train": [], "test": []}
     (HERE / "pictures").mkdir(exist_ok=True)
     for item in tqdm(shop_items(), desc="draw"):
         drawn = {key: [a.draw(n, size) for n in names_of(item, key)] for key, a in artists.items()}
         groups = [group for group in GROUPS if any(drawn[key] for key in group)]
-        test, valid = splits(int(item["turn"]), groups)
+        test = held_out(int(item["turn"]), groups)
         for key, pictures in drawn.items():
-            table = "test" if key in test else "valid" if key in valid else "train"
+            table = "test" if key in test else "train"
             if table != "train":  # one picture an artist: a second rendering would count the same drawing twice
                 pictures = [] if key == "fluentflat" else pictures[:1]
             for variant, picture in enumerate(pictures):
                 stem = f"{item['item'].replace(' ', '-')}-{key}{variant or ''}"
-                if stem in TWINS:
-                    continue
                 file = f"pictures/{stem}.png"
                 on_white(picture).save(HERE / file, optimize=True)
                 row = {"image": file, "title": item["title"], "description": catalogue(item)}
