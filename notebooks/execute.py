@@ -16,8 +16,8 @@ NOISE = ("ipywidgets", "widget-view", "IProgress", "▀")
 def is_noise(output: nbformat.NotebookNode) -> bool:
     if output.output_type == "stream":
         return output.name == "stderr"
-    shown = "".join(output.get("data", {}).get("text/plain", ""))
-    return not shown.strip() or any(word in shown or word in output.data for word in NOISE)
+    text, kinds = output.data.get("text/plain", ""), " ".join(output.data)
+    return not text.strip() or any(word in text + kinds for word in NOISE)
 
 
 notebook = nbformat.read(PATH, as_version=4)
