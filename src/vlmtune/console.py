@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from PIL.Image import Image
@@ -59,6 +60,7 @@ def progress() -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[text]}"),
         console=console,
+        disable=console.is_jupyter and find_spec("ipywidgets") is None,  # rich would print a warning for each bar
     )
 
 

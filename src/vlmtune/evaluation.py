@@ -130,7 +130,8 @@ class Comparison:
 
     def to_html(self) -> str:
         """A self-contained HTML table, pictures inside."""
-        style = "text-align:left;vertical-align:top;white-space:pre-wrap;padding:6px;border:1px solid #ccc;max-width:24em"
+        style = "text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere;"
+        style += "padding:6px;border:1px solid #ccc;max-width:24em"
         head = "".join(f'<th style="{style}">{name}</th>' for name in ("picture", "prompt", "expected", "base", "tuned"))
         body = ""
         for row in self.rows:
@@ -155,7 +156,12 @@ class Comparison:
         (directory / "comparison.html").write_text(page, encoding="utf-8")
 
     def print(self) -> None:
-        """Shows the table in the terminal, pictures as coloured blocks where it has colours."""
+        """Shows the table: in a notebook with pictures, in a terminal with coloured blocks where it has colours."""
+        if console.is_jupyter:
+            from IPython.display import display  # there is one, in a notebook
+
+            display(self)
+            return
         table = Table(title="Base and tuned on held-out rows", title_justify="left", show_lines=True, title_style="bold")
         for name in ("picture", "expected", "base", "tuned"):
             table.add_column(name, overflow="fold")

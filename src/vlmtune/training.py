@@ -375,7 +375,7 @@ def _show_decisions(run: Run) -> None:
     recipe, args, world = run.recipe, run.trainer.args, int(run.trainer.args.world_size)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
     rows: dict[str, Any] = {
-        "model": f"{recipe.model.name} ({run.family.name}, {recipe.model.quantization}, {run.model.dtype})",
+        "model": f"{_near(recipe.model.name)} ({run.family.name}, {recipe.model.quantization}, {run.model.dtype})",
         "device": f"{args.device} × {world}{_idle_cards(world)}",
     }
     for count in parameter_counts(run.model, run.family):
@@ -391,6 +391,12 @@ def _show_decisions(run: Run) -> None:
     decisions("This run", rows)
     for name, reason in list(run.split.dropped.items())[:20]:
         console.print(f"dropped {name}: {reason}", style="yellow", highlight=False)
+
+
+def _near(name: str) -> str:
+    """A directory below this one by its short name."""
+    path = Path(name)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else name
 
 
 def _idle_cards(world: int) -> str:
