@@ -604,8 +604,8 @@ def test_a_directory_that_holds_something_is_not_written_over(recipe: MakeRecipe
     (tmp_path / "run" / "recipe.yaml").write_text("of pancakes")
     told = said(OutputError, finetune, recipe())
     assert told == (
-        f"output directory {tmp_path}/run is not empty (it holds recipe.yaml): name another one, or ask to resume or to "
-        "overwrite the run that lies there"
+        f"output directory {tmp_path}/run is not empty (it holds recipe.yaml): name another one, or overwrite it with "
+        "--overwrite (in Python overwrite=True)"
     )
     told = said(OutputError, finetune, recipe(), overwrite=True)
     assert told == f"output directory {tmp_path}/run holds recipe.yaml and was not made by vlmtune: delete it yourself"

@@ -100,7 +100,7 @@ def test_a_moved_base_can_be_named(trained: Callable[..., Run], tmp_path: Path, 
     shutil.copytree(checkpoint("qwen2_vl"), tmp_path / "old")
     run = trained(**{"model.name": str(tmp_path / "old")})
     (tmp_path / "old").rename(tmp_path / "new")
-    with pytest.raises(ModelError, match="no checkpoint to be found"):
+    with pytest.raises(ModelError, match="there is no such directory"):
         merge_adapter(run.adapter_dir, tmp_path / "merged")
     assert merge_adapter(run.adapter_dir, tmp_path / "merged", base=str(tmp_path / "new")).modules == 14
 

@@ -17,10 +17,10 @@ from vlmtune.console import console, progress
 SHOWN = {  # what the console shows of the trainer's log, in this order; short enough for 80 columns
     "loss": "loss {:.4f}",
     "learning_rate": "lr {:.1e}",
-    "mean_token_accuracy": "accuracy {:.1%}",
+    "mean_token_accuracy": "token accuracy {:.1%}",
     "tokens_per_second": "{:,.0f} tokens/s",
     "eval_loss": "eval loss {:.4f}",
-    "eval_mean_token_accuracy": "eval accuracy {:.1%}",
+    "eval_mean_token_accuracy": "eval token accuracy {:.1%}",
 }
 
 
@@ -74,10 +74,14 @@ class HeldOutAnswers(TrainerCallback):
 
 
 class Speed(TrainerCallback):
-    """Tokens a second between one call and the next, in training alone."""
+    """Tokens a second between one log and the next, in training alone; and a log of the last step."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._tokens, self._time = state.num_input_tokens_seen, time.perf_counter()  # a resumed run has seen some
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the last step too, which a short run would not show
 
     def leave_out(self, seconds: float) -> None:
         """Time that was not spent on training."""

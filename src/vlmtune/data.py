@@ -269,6 +269,7 @@ def _without(rows: Rows, bad: Mapping[int, str], *, policy: str, hint: str) -> R
     if not bad:
         return rows
     kept = rows.select(position for position in range(len(rows)) if position not in bad)
+    hint = hint if kept.indices else "no others are left"
     if policy == "raise" or not kept.indices:
         named = "".join(f"\n  {rows.name(position)}: {bad[position]}" for position in list(bad)[:SHOWN])
         more = f"\n  and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""

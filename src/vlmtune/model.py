@@ -93,6 +93,8 @@ def load_config(section: ModelSection) -> Any:
         ModelError: no checkpoint of that name.
 
     """
+    if section.name.startswith(("/", "./", "../", "~")) and not Path(section.name).expanduser().exists():
+        raise ModelError(f"model {section.name}: there is no such directory")
     try:
         return AutoConfig.from_pretrained(section.name, **_origin(section))
     except (OSError, ValueError, KeyError) as error:

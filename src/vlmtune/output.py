@@ -39,9 +39,11 @@ def claim(directory: Path, *, overwrite: bool = False) -> None:
     if not content:
         return
     if not overwrite:
+        shown = next((name for name in content if name != MARK), MARK)
+        resume = ", or go on with --resume (resume=True)" if last_checkpoint(directory) else ""
         raise OutputError(
-            f"output directory {directory} is not empty (it holds {content[0]}): name another one, or ask to resume or to "
-            "overwrite the run that lies there"
+            f"output directory {directory} is not empty (it holds {shown}): name another one, or overwrite it with --overwrite "
+            f"(in Python overwrite=True){resume}"
         )
     if MARK not in content:
         raise OutputError(f"output directory {directory} holds {content[0]} and was not made by vlmtune: delete it yourself")

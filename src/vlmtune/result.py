@@ -24,7 +24,7 @@ Row = Mapping[str, Any]
 PACKAGES = ("vlmtune", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 
 
-@dataclass
+@dataclass(repr=False)
 class Run:
     """A finished run: the tuned model, what it cost, and what it says."""
 
@@ -34,8 +34,12 @@ class Run:
     recipe: Recipe
     family: Family
     split: Split
-    prompter: MultimodalCollator = field(repr=False)
+    prompter: MultimodalCollator
     metrics: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def __repr__(self) -> str:
+        rows = f"{len(self.train_rows)} rows trained on, {len(self.held_out or [])} held out"
+        return f"Run({str(self.adapter_dir)!r}: {self.metrics.get('steps')} steps, {rows})"
 
     @property
     def history(self) -> list[dict[str, float]]:
@@ -88,6 +92,7 @@ def save(run: Run) -> None:
     generation.eos_token_id = evaluation.stop_token_ids(run.model, run.prompter)
     with whole(run.adapter_dir) as directory:
         run.model.save_pretrained(str(directory))
+        (directory / "README.md").unlink(missing_ok=True)  # peft's empty model card
         run.processor.save_pretrained(str(directory))
         generation.save_pretrained(str(directory))
         (directory / "recipe.yaml").write_text(run.recipe.to_yaml(), encoding="utf-8")
@@ -114,7 +119,7 @@ def evaluate(run: Run) -> None:
             run.metrics["merged_accuracy"] = _accuracy(run, samples, merged, "Merged model")
     write_json(run.adapter_dir / "metrics.json", run.metrics)
     scores = {name.replace("_", " "): f"{value:.1%}" for name, value in run.metrics.items() if name.endswith("_accuracy")}
-    decisions("Result", {**scores, **_places(run.adapter_dir)})
+    decisions("Result (accuracy: answers equal to the expected text)", {**scores, **_places(run.adapter_dir)})
 
 
 def _compare(run: Run, samples: Sequence[Row]) -> None:
