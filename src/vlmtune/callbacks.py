@@ -17,10 +17,10 @@ from vlmtune.console import console, progress
 SHOWN = {  # what the console shows of the trainer's log, in this order; short enough for 80 columns
     "loss": "loss {:.4f}",
     "learning_rate": "lr {:.1e}",
-    "mean_token_accuracy": "token accuracy {:.1%}",
-    "tokens_per_second": "{:,.0f} tokens/s",
+    "mean_token_accuracy": "token acc. {:.1%}",
+    "tokens_per_second": "{:,.0f} tok/s",
     "eval_loss": "eval loss {:.4f}",
-    "eval_mean_token_accuracy": "eval token accuracy {:.1%}",
+    "eval_mean_token_accuracy": "eval token acc. {:.1%}",
 }
 
 
