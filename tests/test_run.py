@@ -122,6 +122,8 @@ def test_training_stops_early_where_evaluation_no_longer_improves(recipe: MakeRe
     settings = {"data.eval_rows": 2, "eval.early_stop_patience": 1, "train.learning_rate": 0.5, "train.max_steps": 40}
     run = finetune(recipe(**settings))
     assert run.trainer.state.global_step < 40
+    best = min(entry["eval_loss"] for entry in run.history if "eval_loss" in entry)
+    assert run.trainer.evaluate()["eval_loss"] == pytest.approx(best, rel=1e-4)  # and the best checkpoint is kept
 
 
 def test_any_callable_can_be_the_collator(recipe: MakeRecipe) -> None:

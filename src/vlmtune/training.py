@@ -168,7 +168,7 @@ def sft_config(recipe: Recipe) -> SFTConfig:
         "activation_checkpointing": False,  # model.use_checkpointing does it, without hooks on the vision tower
         "report_to": [name for name in _listed(given.get("report_to", "tensorboard")) if name not in ("tensorboard", "none")],
     }
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and defaults["use_cpu"]:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and given.get("use_cpu", defaults["use_cpu"]):
         defaults["ddp_backend"] = "gloo"
     for name in CHECKPOINTING:
         given.pop(name, None)
