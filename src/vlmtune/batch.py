@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 IGNORE = -100  # torch's cross_entropy leaves these positions out
+OF_TOKENS = ("input_ids", "labels", "attention_mask", "token_type_ids", "mm_token_type_ids")  # [batch, seq] in every family
 
 
 def make_labels(
@@ -67,3 +69,35 @@ def end_at_stop_token(trained: Tensor, is_special: Tensor) -> Tensor:
         alive = inside & (alive | is_special[:, position])
         ends[:, position] = alive
     return ends
+
+
+def flatten(batch: Mapping[str, Any], position_ids: Tensor | None = None) -> dict[str, Any]:
+    """The rows of a right-padded batch one after the other, without padding.
+
+    A row's first token is not trained on: nothing before it belongs to it, and in the padded batch no label is there either
+    once labels are shifted.
+
+    Args:
+        batch: `input_ids`, `attention_mask` and `labels` of `[batch, seq]`, and whatever else a model takes.
+        position_ids: `[..., batch, seq]` where a model's positions are not 0, 1, 2, …
+
+    Returns:
+        What is of `[batch, seq]` as `[1, tokens]`; `position_ids` as `[..., 1, tokens]`; `segments`, the rows' lengths, and
+        the same as flash attention wants it, `cu_seq_lens_q` and `max_length_q` with their namesakes for keys. The rest as
+        it was.
+
+    Example:
+        ids `[[7, 8, 9], [5, 6, 0]]`, mask `[[1, 1, 1], [1, 1, 0]]`, labels `[[7, 8, 9], [5, 6, -100]]`
+        → ids `[[7, 8, 9, 5, 6]]`, labels `[[-100, 8, 9, -100, 6]]`, positions `[[0, 1, 2, 0, 1]]`, segments `[3, 2]`
+
+    """
+    keep = batch["attention_mask"].bool()
+    lengths = keep.sum(1)
+    packed = {name: values[keep][None] if name in OF_TOKENS else values for name, values in batch.items()}
+    plain = torch.arange(keep.shape[1]).expand_as(keep)  # right-padded: a token's place is its position
+    packed["position_ids"] = (plain if position_ids is None else position_ids)[..., keep][..., None, :]
+    borders = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    packed["labels"] = packed["labels"].index_fill(1, borders[:-1], IGNORE)
+    longest = int(lengths.max())
+    flash = {"cu_seq_lens_q": borders.int(), "cu_seq_lens_k": borders.int(), "max_length_q": longest, "max_length_k": longest}
+    return {**packed, **flash, "segments": lengths.tolist()}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ from vlmtune.errors import DatasetError, ImageError, ModelError
 from vlmtune.escape import Escape
 from vlmtune.families import Family, find_family
 from vlmtune.families.text import PLAIN
-from vlmtune.images import load_image
+from vlmtune.features import FeatureStore
+from vlmtune.images import fingerprint, image_size, load_image
+from vlmtune.sizes import TokenCounter, blank, without_pixels
 
 Row = Mapping[str, Any]
+LONGEST_NAME = 1000  # characters: a longer one holds the picture itself, as a data URL does
 
 
 class MultimodalCollator:
@@ -34,6 +38,8 @@ class MultimodalCollator:
         family: a `Family`, the name of one, or None to tell it from the processor.
         train_on_inputs: train on prompts too.
         max_length: longest row, in tokens.
+        features: what the vision tower makes of the pictures. A batch whose pictures are all in there has `image_features`
+            in place of their pixels, and none of them is decoded.
 
     Raises:
         ModelError: the chat template cannot tell answers from prompts, or trains no stop token.
@@ -49,11 +55,18 @@ class MultimodalCollator:
         train_on_inputs: bool = False,
         *,
         max_length: int | None = None,
+        features: FeatureStore | None = None,
     ) -> None:
         self.processor = processor
         self.family = find_family(family, processor=processor)
         self.train_on_inputs = train_on_inputs
         self.max_length = max_length
+        self.features = features
+        self._looked_at: dict[str, tuple[int, int]] = {}  # name of a picture → width, height
+        self._fingerprints: dict[str, str] = {}
+        self._picture_tokens: dict[tuple[int, ...], int] = {}  # height, width, 3 → tokens
+        self._counters: dict[bool, TokenCounter] = {}
+        self._sizes_only: dict[bool, Any] = {}  # processors without pixels: for plain texts, and for escaped ones
         self.chat_template = training_template(processor, self.family, masked=not train_on_inputs)
         self._never_trained = self.family.image_token_ids(processor) | self.family.video_token_ids(processor)
         if self.tokenizer.pad_token is None:  # safe: padding is told by the attention mask
@@ -63,8 +76,9 @@ class MultimodalCollator:
     def tokenizer(self) -> Any:
         return getattr(self.processor, "tokenizer", self.processor)
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        batch = self._encode(rows, trained=not self.train_on_inputs)
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        features = self._known_features(rows)
+        batch = self._encode(rows, trained=not self.train_on_inputs, pixels=features is None)
         trained = batch.pop("assistant_masks", None)
         if trained is not None:
             trained = self._answers(batch["input_ids"], trained, rows)
@@ -72,18 +86,48 @@ class MultimodalCollator:
             batch["input_ids"], batch["attention_mask"], image_token_ids=self._never_trained, trained=trained
         )
         self._check_lengths(batch["attention_mask"], rows)
+        if features:
+            batch["image_features"] = self.family.join_features(batch, features)
         return batch
+
+    def pictures(self, sources: Sequence[Any]) -> dict[str, Any]:
+        """A batch of rows that hold one picture each and nothing else to speak of, for the vision tower."""
+        return self._encode([_alone(source) for source in sources])
+
+    def picture_tokens(self, source: Any) -> int:
+        """How many tokens stand for a picture, told from its size."""
+        size = self._blank(source).shape
+        if size not in self._picture_tokens:
+            ids = self._encode([_alone(source)], pixels=False)["input_ids"]
+            placeholder = self.tokenizer.convert_tokens_to_ids(self.processor.image_token)
+            self._picture_tokens[size] = int((ids == placeholder).sum())
+        return self._picture_tokens[size]
+
+    def lengths(self, rows: Sequence[Row]) -> list[int]:
+        """Tokens of each row, those counted that stand for its pictures; no picture is decoded."""
+        conversations = [self._with_pictures(row, place, self._blank) for place, row in enumerate(rows, 1)]
+        escaped = any(self.escape.is_needed(messages) for messages in conversations)
+        if escaped not in self._counters:
+            self._counters[escaped] = TokenCounter(self._processor(escaped=escaped, pixels=False))
+        shaped = [self._shape(self.escape(messages) if escaped else messages) for messages in conversations]
+        try:
+            return self._counters[escaped](shaped, self.chat_template)
+        except ModelError:
+            raise
+        except Exception as error:
+            raise self._refusal(rows, conversations, error, pixels=False) from error
+
+    def fingerprint(self, source: Any) -> str:
+        """The picture's `images.fingerprint`; of a file, it is read once."""
+        if not isinstance(source, str) or len(source) > LONGEST_NAME:
+            return fingerprint(source)
+        if source not in self._fingerprints:
+            self._fingerprints[source] = fingerprint(source)
+        return self._fingerprints[source]
 
     def prompts(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """What a model is given to answer: the rows without a last answer, left-padded, ready for `generate`."""
         return self._encode(rows, add_generation_prompt=True, padding_side="left")
-
-    def too_long(self, row: Row) -> str | None:
-        """What is wrong with a row that is longer than `max_length`, those tokens counted that stand for its pictures."""
-        length = int(self._encode([row])["attention_mask"].sum())
-        if self.max_length is None or length <= self.max_length:
-            return None
-        return f"it has {length} tokens and the limit is {self.max_length}"
 
     @cached_property
     def stop_token_id(self) -> int:
@@ -96,34 +140,48 @@ class MultimodalCollator:
         trained = self._answers(batch["input_ids"], batch["assistant_masks"], [row])
         return int(batch["input_ids"][trained][-1])
 
-    def _encode(self, rows: Sequence[Row], **options: Any) -> dict[str, Tensor]:
-        """The processor's batch; where it refuses, the rows are tried one by one to name the one at fault."""
-        conversations = [self._with_pictures(row, place) for place, row in enumerate(rows, 1)]
+    def _encode(self, rows: Sequence[Row], *, pixels: bool = True, **options: Any) -> dict[str, Tensor]:
+        """The processor's batch; where it refuses, the rows are tried one by one to name the one at fault.
+
+        Without `pixels`, pictures are not decoded, and all is there but `pixel_values`.
+        """
+        open_picture = load_image if pixels else self._blank
+        conversations = [self._with_pictures(row, place, open_picture) for place, row in enumerate(rows, 1)]
+        options["pixels"] = pixels
         try:
             return self._process(conversations, **options)
         except ModelError:
             raise
         except Exception as error:
-            for place, (row, conversation) in enumerate(zip(rows, conversations, strict=True), 1):
-                try:
-                    self._process([conversation], **options)
-                except Exception as own:
-                    reason = " ".join(str(own).split()) or type(own).__name__
-                    sizes = ", ".join(_picture_sizes(conversation))
-                    seen = f" (its pictures have {sizes} pixels)" if sizes else ""
-                    raise DatasetError(f"{_name(row, place)}: the model's processor refuses it{seen}: {reason}") from own
-            raise error
+            raise self._refusal(rows, conversations, error, **options) from error
+
+    def _refusal(self, rows: Sequence[Row], conversations: list[Any], error: Exception, **options: Any) -> Exception:
+        """The error that names the row at fault, or the one given where each row is taken by itself."""
+        for place, (row, conversation) in enumerate(zip(rows, conversations, strict=True), 1):
+            try:
+                self._process([conversation], **options)
+            except Exception as own:
+                reason = " ".join(str(own).split()) or type(own).__name__
+                sizes = ", ".join(_picture_sizes(conversation))
+                seen = f" (its pictures have {sizes} pixels)" if sizes else ""
+                return DatasetError(f"{_name(row, place)}: the model's processor refuses it{seen}: {reason}")
+        return error
 
     def _process(
         self,
         conversations: list[list[dict[str, Any]]],
         *,
+        pixels: bool = True,
         trained: bool = False,
         add_generation_prompt: bool = False,
         padding_side: str = "right",
     ) -> dict[str, Tensor]:
+        if trained and pixels and self.family.takes_images:  # the mask is made much faster without pixels
+            blanks = [_with_blanks(messages) for messages in conversations]
+            masks = self._process(blanks, pixels=False, trained=True, padding_side=padding_side)["assistant_masks"]
+            return {**self._process(conversations, padding_side=padding_side), "assistant_masks": masks}
         escaped = any(self.escape.is_needed(messages) for messages in conversations)
-        processor = self.escape.processor if escaped else self.processor
+        processor = self._processor(escaped=escaped, pixels=pixels)
         if escaped:
             conversations = [self.escape(messages) for messages in conversations]
         batch = self.family.process(
@@ -144,13 +202,38 @@ class MultimodalCollator:
     def escape(self) -> Escape:
         return Escape(self.processor)
 
+    def _processor(self, *, escaped: bool, pixels: bool) -> Any:
+        if pixels or not self.family.takes_images:
+            return self.escape.processor if escaped else self.processor
+        if escaped not in self._sizes_only:
+            self._sizes_only[escaped] = without_pixels(self._processor(escaped=escaped, pixels=True), self.family)
+        return self._sizes_only[escaped]
+
+    def _blank(self, source: Any) -> Any:
+        """A picture of the source's size for a processor without pixels; of a file, the header is read once."""
+        if not isinstance(source, str) or len(source) > LONGEST_NAME:
+            return blank(*image_size(source))
+        if source not in self._looked_at:
+            self._looked_at[source] = image_size(source)
+        return blank(*self._looked_at[source])
+
+    def _known_features(self, rows: Sequence[Row]) -> list[Tensor] | None:
+        """The features of all pictures of the rows, in order; None where one is missing."""
+        if self.features is None:
+            return None
+        keys = [self.fingerprint(source) for row in rows for source in pictures(row)]
+        try:
+            return [self.features[key] for key in keys]
+        except KeyError:
+            return None
+
     def _padding(self, side: str) -> dict[str, Any]:
         if self.tokenizer is self.processor:
             return {"padding": True, "tokenizer_kwargs": {"padding_side": side}}
         return {"processor_kwargs": {"padding": True, "padding_side": side}}
 
-    def _with_pictures(self, row: Row, place: int) -> list[dict[str, Any]]:
-        """The row's messages, every picture decoded."""
+    def _with_pictures(self, row: Row, place: int, open_picture: Callable[[Any], Any]) -> list[dict[str, Any]]:
+        """The row's messages, every picture opened."""
 
         def decoded(part: Mapping[str, Any]) -> dict[str, Any]:
             if part["type"] != "text" and not self.family.takes_images:
@@ -159,7 +242,7 @@ class MultimodalCollator:
             if part["type"] != "image":
                 return dict(part)
             try:
-                return {"type": "image", "image": load_image(part["image"])}
+                return {"type": "image", "image": open_picture(part["image"])}
             except ImageError as error:
                 raise ImageError(f"{_name(row, place)}: {error}") from None
 
@@ -192,6 +275,38 @@ class MultimodalCollator:
                     f"{_name(row, place)} has {length} tokens and the limit is {self.max_length}: shorten it, lower "
                     "images.max_pixels, raise train.max_length, or set `on_too_long: drop`"
                 )
+
+
+@dataclass(frozen=True)
+class PackingCollator:
+    """A batch that is one sequence without padding, in which no row sees another."""
+
+    collator: MultimodalCollator
+    core: Any  # the model without its head, for its positions: on the meta device
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        return self.collator.family.flatten(self.collator(rows), self.core)
+
+
+def pictures(row: Row) -> list[Any]:
+    """What the row's pictures are read from, in order."""
+    return [part["image"] for message in row["messages"] for part in message["content"] if part["type"] == "image"]
+
+
+def _with_blanks(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with pictures that have a size and no memory."""
+
+    def blanked(part: Mapping[str, Any]) -> dict[str, Any]:
+        return {**part, "image": blank(*part["image"].size)} if part["type"] == "image" else dict(part)
+
+    return [{**m, "content": [blanked(part) for part in m["content"]]} for m in messages]
+
+
+def _alone(source: Any) -> dict[str, Any]:
+    """A row of one picture and nothing else to speak of."""
+    text = {"type": "text", "text": "a"}
+    asked = {"role": "user", "content": [{"type": "image", "image": source}, text]}
+    return {"messages": [asked, {"role": "assistant", "content": [text]}]}
 
 
 def training_template(processor: Any, family: Family, *, masked: bool = True) -> str:
@@ -240,8 +355,9 @@ def _shipped_by_trl(own: str) -> str | None:
 
 
 def _picture_sizes(messages: Sequence[Mapping[str, Any]]) -> list[str]:
-    pictures = [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
-    return [f"{picture.width}×{picture.height}" for picture in pictures]
+    opened = pictures({"messages": messages})
+    shapes = [picture.shape[1::-1] if hasattr(picture, "shape") else picture.size for picture in opened]
+    return [f"{width}×{height}" for width, height in shapes]
 
 
 def _spans(mask: Tensor) -> int:

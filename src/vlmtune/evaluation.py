@@ -5,13 +5,11 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from PIL import Image
 from rich.table import Table
@@ -19,6 +17,7 @@ from rich.table import Table
 from vlmtune.collator import MultimodalCollator
 from vlmtune.console import console, half_blocks, progress
 from vlmtune.images import load_image
+from vlmtune.model import evaluating, on_device
 
 Sample = Mapping[str, Any]
 THUMBNAIL = 160  # pixels, longest edge
@@ -35,10 +34,10 @@ def answers(
 ) -> list[str]:
     """The model's greedy answer to each sample `{"messages": [...]}`, whose last turn is the user's."""
     found: list[str] = []
-    with _evaluating(model), progress() as shown:
+    with evaluating(model), progress() as shown:
         task = shown.add_task(description, total=len(samples), text="")
         for start in range(0, len(samples), batch_size):
-            batch = _on_device(collator.prompts(samples[start : start + batch_size]), model)
+            batch = on_device(collator.prompts(samples[start : start + batch_size]), model)
             output = model.generate(
                 **batch,
                 max_new_tokens=max_new_tokens,
@@ -196,25 +195,6 @@ def comparison(samples: Sequence[Sample], base: Sequence[str], tuned: Sequence[s
             for sample, before, after in zip(samples, base, tuned, strict=True)
         )
     )
-
-
-@contextmanager
-def _evaluating(model: Any) -> Generator[None]:
-    was_training = model.training
-    model.eval()
-    autocast = torch.autocast(model.device.type, model.dtype) if model.dtype != torch.float32 else nullcontext()
-    try:
-        with torch.no_grad(), autocast:
-            yield
-    finally:
-        model.train(was_training)
-
-
-def _on_device(batch: Mapping[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
-    return {
-        name: values.to(model.device, model.dtype if values.is_floating_point() else values.dtype)
-        for name, values in batch.items()
-    }
 
 
 def _text(message: Mapping[str, Any]) -> str:

@@ -5,12 +5,13 @@ Every line that depends on a version of transformers, peft or bitsandbytes stand
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import re
 import warnings
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,7 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,6 +30,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from vlmtune.attention import IMPLEMENTATION
 from vlmtune.errors import ModelError, RecipeError
 from vlmtune.families import Family, find_family
 from vlmtune.plugins import did_you_mean
@@ -250,14 +252,13 @@ class PartCount:
 
 def parameter_counts(model: nn.Module, family: Family) -> list[PartCount]:
     """Trainable and total parameters of the language model, what sees, and the head; quantised ones counted as they were."""
-    sees = re.compile(rf"(?:.*\.)?(?:{'|'.join(family.frozen_modules)})\.") if family.frozen_modules else None
     parts: dict[str, list[tuple[int, bool, str]]] = {"language model": [], "vision tower and projector": [], "head": []}
     tied: set[int] = set()
     for name, parameter in model.named_parameters():
         if id(parameter) in tied:
             continue
         tied.add(id(parameter))
-        part = "vision tower and projector" if sees and sees.match(name) else "language model"
+        part = "vision tower and projector" if family.sees.match(name) else "language model"
         part = "head" if "lm_head" in name.split(".") else part
         state = getattr(parameter, "quant_state", None)  # 4 bit: two weights a byte
         shape = state.shape if state is not None else parameter.shape
@@ -299,6 +300,61 @@ def match_adapter_dtype(model: PeftModel, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad and dtype != torch.bfloat16:
             parameter.data = parameter.data.float()
+
+
+@contextmanager
+def evaluating(model: Any) -> Generator[None]:
+    """The model as it answers: no dropout, no gradients, computing in its own dtype as it does in training."""
+    was_training = model.training
+    model.eval()
+    autocast = torch.autocast(model.device.type, model.dtype) if model.dtype != torch.float32 else nullcontext()
+    try:
+        with torch.no_grad(), autocast:
+            yield
+    finally:
+        model.train(was_training)
+
+
+def on_device(batch: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """The batch where the model is; pixels and features in the model's dtype, and what is no tensor as it was."""
+    return {
+        name: values.to(model.device, model.dtype if values.is_floating_point() else values.dtype)
+        if isinstance(values, Tensor)
+        else values
+        for name, values in batch.items()
+    }
+
+
+def attend_by_row(model: PeftModel) -> None:
+    """Has the language model attend to each row of a pack by itself, whatever the device and its kernels.
+
+    FlashAttention and flex attention do so by themselves, but not where a model looks at its pictures by cross-attention.
+
+    Raises:
+        ModelError: a model that does not take its attention from transformers' `AttentionInterface`, or an attention that
+            knows nothing of packed rows.
+
+    """
+    base: Any = model.get_base_model()
+    text = base.config.get_text_config()
+    own = str(text._attn_implementation)
+    if ("flash" in own or own == "flex_attention") and not hasattr(text, "cross_attention_layers"):
+        return
+    if own == "eager":
+        raise ModelError("eager attention cannot keep packed rows apart: leave `model.attention` out")
+    if not type(base)._can_set_attn_implementation():
+        raise ModelError(f"{type(base).__name__} does not take its attention from transformers' AttentionInterface")
+    named = [name for name in base.config.sub_configs if getattr(base.config, name) is text]
+    base.set_attn_implementation({named[0]: IMPLEMENTATION} if named else IMPLEMENTATION)
+
+
+def positions_model(model: PeftModel) -> Any:
+    """The model without its head, on the meta device and so without weights, by whose config positions are told."""
+    core: Any = model.get_base_model().base_model
+    if not hasattr(core, "get_rope_index"):  # 0, 1, 2, …
+        return None
+    with torch.device("meta"):
+        return type(core)(copy.deepcopy(core.config))
 
 
 def _origin(section: ModelSection, directory: Path | None = None) -> dict[str, Any]:

@@ -14,7 +14,15 @@ from typing import Any, Literal, cast, get_type_hints
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from vlmtune.errors import RecipeError
@@ -36,11 +44,14 @@ NOT_NEGATIVE = {
     "neftune_noise_alpha",
 }
 
+EVERY_N_LAYERS = {"gradient_checkpointing", "activation_checkpointing"}  # a number here is every how many layers
+
 NOT_FOR_TRAIN = {  # fields of SFTConfig that would contradict what vlmtune does
     "assistant_only_loss": "`train_on_inputs` says what the loss is on",
     "completion_only_loss": "`train_on_inputs` says what the loss is on",
-    "packing": "rows are not packed",
-    "padding_free": "rows are not packed",
+    "packing": "`packing`, beside `train`, says how rows are packed",
+    "padding_free": "`packing`, beside `train`, says how rows are packed",
+    "dataloader_drop_last": "no row is left out",
     "chat_template_path": "the template comes with the checkpoint or its family",
     "model_init_kwargs": "the `model` section says how the model is loaded",
     "remove_unused_columns": "the collator needs every column",
@@ -107,6 +118,17 @@ class LoraSection(Section):
     use_dora: bool = False
 
 
+class PackingSection(Section):
+    mode: Literal["auto", "off"] = "auto"
+    length: int | None = Field(default=None, gt=0)  # tokens of a pack at most; None: as the padded micro-batch has at most
+
+
+class VisionCacheSection(Section):
+    mode: Literal["auto", "off", "memory", "disk"] = "auto"
+    budget: float | None = Field(default=None, gt=0)  # GiB; None: a quarter of the free memory, half of the free disk
+    directory: str | None = None  # of the features on disk; None: vlmtune/features in the user's cache directory
+
+
 class EvalSection(Section):
     samples: int = Field(default=4, ge=0)  # held-out rows that are answered for the table and for TensorBoard
     max_new_tokens: int = Field(default=256, gt=0)
@@ -128,11 +150,20 @@ class Recipe(Section):
     images: ImagesSection = ImagesSection()
     lora: LoraSection = LoraSection()
     train_on_inputs: bool = False
+    packing: PackingSection = PackingSection()
+    vision_cache: VisionCacheSection = VisionCacheSection()
     on_bad_row: Literal["raise", "drop"] = "raise"
     on_too_long: Literal["raise", "drop"] = "raise"
     eval: EvalSection = EvalSection()
     merge: bool = False  # merge the adapter into OUTPUT_DIR/merged after training
     train: dict[str, Any] = {}  # any field of trl.SFTConfig, by its name
+
+    @field_validator("packing", "vision_cache", mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        """A mode stands for the section that has nothing else; and `off` is false to YAML."""
+        value = ("auto" if value else "off") if isinstance(value, bool) else value
+        return {"mode": value} if isinstance(value, str) else value
 
     @field_validator("train")
     @classmethod
@@ -269,6 +300,8 @@ def _checked_train(train: Mapping[str, Any], mistakes: list[tuple[str, str]]) ->
             continue
         if key not in names:
             mistakes.append((key, f"is not a field of trl.SFTConfig.{did_you_mean(key, names)}"))
+            continue
+        if key in EVERY_N_LAYERS and isinstance(value, int) and value > 1:
             continue
         try:
             typed = TypeAdapter(types[key], config=rules).validate_python(value)

@@ -2,51 +2,38 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import datasets
 import torch
+from accelerate import PartialState
 from peft import PeftConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
-from vlmtune.callbacks import HeldOutAnswers, ProgressBar, Speed
+from vlmtune.batching import Batching, Collator, batching, counted_rows
+from vlmtune.callbacks import HeldOutAnswers, ProgressBar
 from vlmtune.collator import MultimodalCollator
-from vlmtune.console import bar, console, decisions, is_main_process
+from vlmtune.console import console, decisions, is_main_process
 from vlmtune.data import Rows, Split, find_bad_rows, load_data, spread
-from vlmtune.errors import DatasetError, ModelError, OutputError, RecipeError, VlmtuneError
+from vlmtune.errors import ModelError, OutputError, RecipeError, VlmtuneError
 from vlmtune.families import Family
-from vlmtune.model import (
-    compute_dtype,
-    load_model,
-    match_adapter_dtype,
-    parameter_counts,
-    use_checkpointing,
-)
+from vlmtune.model import compute_dtype, load_model, match_adapter_dtype, parameter_counts, use_checkpointing
 from vlmtune.output import MARK, claim, disk_errors, last_checkpoint
 from vlmtune.recipe import Recipe, load_recipe
 from vlmtune.result import Run, answer_options, evaluate, save
-
-Row = Mapping[str, Any]
-CHECKPOINTING = (  # switch and options, by their old and their new names
-    "gradient_checkpointing",
-    "gradient_checkpointing_kwargs",
-    "activation_checkpointing",
-    "activation_checkpointing_kwargs",
-)
-Collator = Callable[[Sequence[Row]], Mapping[str, Tensor]]
+from vlmtune.trainer import Trainer, checkpoint_every, listed, sft_config
+from vlmtune.vision_cache import Processes, keep_features
 
 
 def finetune(
@@ -84,16 +71,15 @@ def finetune(
     model, processor, found = load_model(checked, family=family)
     prompter = MultimodalCollator(processor, found, checked.train_on_inputs, max_length=_longest_row(checked, model))
     processor.chat_template = prompter.chat_template  # what is trained is what is saved, in checkpoints too
-    if "drop" in (checked.on_bad_row, checked.on_too_long):
-        split = _accepted_rows(checked, split, prompter)
     if checkpoint is not None:
         _refuse_another_adapter(model, checkpoint)
+    split, batches, cache = _prepared(checked, config, model, split, prompter, collator)
     with disk_errors(output_dir):
         if is_main_process():
             _open_output(checked, afresh=overwrite and not resume)
-        trainer = _trainer(checked, config, model, split, prompter, collator or prompter)
+        trainer = _trainer(checked, config, model, split, prompter, batches)
         run = Run(model, processor, trainer, checked, found, split, prompter)
-        _show_decisions(run)
+        _show_decisions(run, batches.packing, cache)
         seconds = _train(trainer, checkpoint)
     run.metrics |= _training_metrics(run, seconds)
     if is_main_process():
@@ -103,107 +89,6 @@ def finetune(
         with disk_errors(output_dir):
             evaluate(run)
     return run
-
-
-class Trainer(SFTTrainer):
-    """TRL's trainer; its log says how many tokens a second are trained on."""
-
-    def __init__(self, *args: Any, callbacks: list[TrainerCallback], **kwargs: Any) -> None:
-        self._speed = Speed()
-        super().__init__(*args, callbacks=[self._speed, *callbacks], **kwargs)
-
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Loads the adapter in the dtype that it is trained in: peft makes every 16-bit one float32.
-
-        https://github.com/huggingface/peft/blob/main/src/peft/peft_model.py (`load_adapter`, `autocast_adapter_dtype`)
-        """
-        model = cast("PeftModel", self.model)
-        dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-        super()._load_from_checkpoint(*args, **kwargs)
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(dtypes[name])
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        started = time.perf_counter()
-        metrics = super().evaluate(*args, **kwargs)
-        self._speed.leave_out(time.perf_counter() - started)
-        return metrics
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            logs["tokens_per_second"] = self._speed(self.state.num_input_tokens_seen)
-        super().log(logs, start_time)
-
-
-def sft_config(recipe: Recipe) -> SFTConfig:
-    """TRL's configuration: vlmtune's defaults, and over them what the recipe's `train` section says.
-
-    Raises:
-        RecipeError: values that TRL or this machine refuses.
-
-    """
-    given = dict(recipe.train)
-    evaluates = any((recipe.data.eval_source, recipe.data.eval_split, recipe.data.eval_fraction, recipe.data.eval_rows))
-    patience = recipe.eval.early_stop_patience
-    if patience and not evaluates:
-        raise RecipeError("`eval.early_stop_patience` needs held-out rows: set data.eval_fraction, eval_rows or eval_split")
-    on_gpu, dtype = torch.cuda.is_available(), compute_dtype(recipe.model)
-    defaults: dict[str, Any] = {
-        "use_cpu": not (on_gpu or torch.backends.mps.is_available()),
-        "bf16": dtype == torch.bfloat16,
-        "fp16": dtype == torch.float16 and on_gpu,
-        "save_strategy": "epoch",
-        "eval_strategy": "epoch" if evaluates else "no",
-        "per_device_eval_batch_size": given.get("per_device_train_batch_size", 8),
-        "logging_first_step": True,
-        "load_best_model_at_end": bool(patience),
-        "max_length": None,  # TRL's default would be 1024
-    }
-    fixed: dict[str, Any] = {
-        "output_dir": str(recipe.output_dir),
-        "include_num_input_tokens_seen": "non_padding",
-        "remove_unused_columns": False,  # the collator needs the messages
-        "dataset_kwargs": {"skip_prepare_dataset": True},
-        "activation_checkpointing": False,  # model.use_checkpointing does it, without hooks on the vision tower
-        "report_to": [name for name in _listed(given.get("report_to", "tensorboard")) if name not in ("tensorboard", "none")],
-    }
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and given.get("use_cpu", defaults["use_cpu"]):
-        defaults["ddp_backend"] = "gloo"
-    for name in CHECKPOINTING:
-        given.pop(name, None)
-    try:
-        config = SFTConfig(**{**defaults, **given, **fixed})
-    except (ValueError, TypeError, RuntimeError, ImportError) as error:  # ImportError: deepspeed, liger and the like
-        raise RecipeError(f"`train` section: {' '.join(str(error).split())}") from None
-    if config.n_gpu > 1:  # one process uses one card, and does not count the others: torchrun starts a process for each
-        # https://github.com/huggingface/transformers/blob/main/src/transformers/training_args.py (`n_gpu`)
-        config._n_gpu = 1  # pyright: ignore[reportPrivateUsage]
-    return config
-
-
-def checkpoint_every(recipe: Recipe) -> int:
-    """Every how many layers activations are recomputed in the backward pass; 0 keeps them all.
-
-    transformers 5 calls it activation checkpointing and TRL still gradient checkpointing: both names count.
-
-    Raises:
-        RecipeError: options that would train an adapter wrongly or that are none.
-
-    """
-    on, named = True, dict[str, Any]()
-    for switch, kwargs in zip(CHECKPOINTING[::2], CHECKPOINTING[1::2], strict=True):
-        on = on if recipe.train.get(switch) is None else recipe.train[switch]
-        named = recipe.train.get(kwargs) or named
-    if named.get("use_reentrant"):
-        raise RecipeError(f"`train.{CHECKPOINTING[1]}.use_reentrant` is true; only false trains adapters rightly here")
-    unknown = sorted(set(named) - {"use_reentrant", "every_n_layers"})
-    if unknown:
-        raise RecipeError(
-            f"`train.{CHECKPOINTING[1]}.{unknown[0]}` is not an option: there is every_n_layers, and use_reentrant, which is "
-            "false"
-        )
-    return named.get("every_n_layers", 1) if on else 0
 
 
 def _with_absolute_model(recipe: Recipe) -> Recipe:
@@ -227,25 +112,37 @@ def _usable_rows(recipe: Recipe, seed: int) -> Split:
     return split.without(bad, policy=recipe.on_bad_row, hint="set `on_bad_row: drop` to go on without them")
 
 
-def _accepted_rows(recipe: Recipe, split: Split, prompter: MultimodalCollator) -> Split:
-    """The rows that the processor takes, and the model in one piece: found before training and not in the middle of it."""
-    long: dict[str, str] = {}
+def _prepared(
+    recipe: Recipe, config: SFTConfig, model: PeftModel, split: Split, prompter: MultimodalCollator, collator: Collator | None
+) -> tuple[Split, Batching, str]:
+    """The rows that can be trained on, how they become batches, and whether their pictures' features are kept."""
+    if collator is not None:
+        return split, *_as_given(recipe, collator)
+    split, lengths = counted_rows(recipe, split, prompter)
+    parts = [split.train, *([split.held_out] if split.held_out is not None and config.eval_strategy != "no" else [])]
+    batches = batching(recipe, config, model, prompter, split.train, lengths)
+    assert batches.plan is not None
+    processes = Processes(config.process_index, config.world_size, PartialState().wait_for_everyone)
+    cache = keep_features(
+        recipe.vision_cache,
+        recipe.lora,
+        model,
+        prompter,
+        parts,
+        passes=config.num_train_epochs
+        if config.max_steps < 0
+        else config.max_steps * batches.plan.micro_batches / len(batches.plan),
+        processes=processes,
+    )
+    return split, batches, cache
 
-    def refused(rows: Rows) -> dict[int, str]:
-        bad: dict[int, str] = {}
-        for position in bar(range(len(rows)), "Counting tokens"):
-            try:
-                if reason := prompter.too_long(rows[position]):
-                    long[rows.name(position)] = reason
-            except DatasetError as error:
-                bad[position] = str(error).removeprefix(f"{rows.name(position)}: ")
-        return bad
 
-    def too_long(rows: Rows) -> dict[int, str]:
-        return {position: long[name] for position in range(len(rows)) if (name := rows.name(position)) in long}
-
-    split = split.without(refused, policy=recipe.on_bad_row, hint="set `on_bad_row: drop` to go on without them")
-    return split.without(too_long, policy=recipe.on_too_long, hint="set `on_too_long: drop` to go on without them")
+def _as_given(recipe: Recipe, collator: Collator) -> tuple[Batching, str]:
+    """A collator of the user's makes batches as it likes, of rows as the trainer draws them."""
+    if recipe.packing.length or recipe.vision_cache.mode in ("memory", "disk"):
+        asked = "`packing.length`" if recipe.packing.length else f"`vision_cache: {recipe.vision_cache.mode}`"
+        raise RecipeError(f"{asked} is for vlmtune's collator, and you pass one of your own, which may change the pictures")
+    return Batching(collator, None, "off: a collator of your own"), "off: a collator of your own"
 
 
 def _refuse_another_adapter(model: PeftModel, checkpoint: Path) -> None:
@@ -270,7 +167,7 @@ def _refuse_another_adapter(model: PeftModel, checkpoint: Path) -> None:
 def _longest_row(recipe: Recipe, model: Any) -> int | None:
     """Tokens of the longest row: the recipe's limit, and never more than the model has positions for."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limits = [limit for limit in (recipe.train.get("max_length"), positions) if limit]
+    limits = [limit for limit in (recipe.train.get("max_length"), recipe.packing.length, positions) if limit]
     return min(limits) if limits else None
 
 
@@ -284,8 +181,10 @@ def _open_output(recipe: Recipe, *, afresh: bool) -> None:
 
 
 def _trainer(
-    recipe: Recipe, config: SFTConfig, model: Any, split: Split, prompter: MultimodalCollator, collator: Collator
+    recipe: Recipe, config: SFTConfig, model: Any, split: Split, prompter: MultimodalCollator, batches: Batching
 ) -> Trainer:
+    if batches.plan is not None:
+        config.gradient_accumulation_steps = batches.plan.micro_batches
     every = checkpoint_every(recipe)
     if every != 0:
         use_checkpointing(model, every)
@@ -294,7 +193,10 @@ def _trainer(
         trainer = Trainer(
             model=model,
             args=config,
-            data_collator=collator,  # pyright: ignore[reportArgumentType]
+            family=prompter.family,
+            plan=batches.plan,
+            data_collator=batches.collator,  # pyright: ignore[reportArgumentType]
+            eval_collator=batches.collator if batches.plan is None else prompter,
             train_dataset=_dataset(split.train),
             eval_dataset=_dataset(split.held_out) if split.held_out is not None else None,
             processing_class=prompter.processor,
@@ -314,7 +216,7 @@ def _callbacks(recipe: Recipe, split: Split, prompter: MultimodalCollator) -> li
     callbacks: list[TrainerCallback] = []
     if recipe.eval.early_stop_patience:
         callbacks.append(EarlyStoppingCallback(recipe.eval.early_stop_patience))
-    if is_main_process() and "tensorboard" in _listed(recipe.train.get("report_to", "tensorboard")):
+    if is_main_process() and "tensorboard" in listed(recipe.train.get("report_to", "tensorboard")):
         writer = SummaryWriter(str(recipe.output_dir / "runs"))
         callbacks.append(TensorBoardCallback(writer))
         if split.held_out is not None:
@@ -370,10 +272,9 @@ def _training_metrics(run: Run, seconds: float) -> dict[str, Any]:
     }
 
 
-def _show_decisions(run: Run) -> None:
+def _show_decisions(run: Run, packing: str, cache: str) -> None:
     """Prints what was decided before the run begins, and which rows are left out."""
     recipe, args, world = run.recipe, run.trainer.args, int(run.trainer.args.world_size)
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
     rows: dict[str, Any] = {
         "model": f"{_near(recipe.model.name)} ({run.family.name}, {recipe.model.quantization}, {run.model.dtype})",
         "device": f"{args.device} × {world}{_idle_cards(world)}",
@@ -384,13 +285,21 @@ def _show_decisions(run: Run) -> None:
         "rows": f"{len(run.train_rows)} to train on, {len(run.held_out or [])} held out, {len(run.split.dropped)} dropped",
         "loss on": "prompts and answers" if recipe.train_on_inputs else "answers and their stop token",
         "stop token": run.prompter.tokenizer.convert_ids_to_tokens(run.prompter.stop_token_id),
-        "batch": f"{batch} rows: {args.per_device_train_batch_size} × {args.gradient_accumulation_steps} accumulated × {world}",
+        "step": _step(run),
+        "packing": packing,
+        "vision cache": cache,
         "checkpointing": "on" if run.model.get_base_model().is_activation_checkpointing else "off",
         "output": recipe.output_dir,
     }
     decisions("This run", rows)
     for name, reason in list(run.split.dropped.items())[:20]:
         console.print(f"dropped {name}: {reason}", style="yellow", highlight=False)
+
+
+def _step(run: Run) -> str:
+    args, plan = run.trainer.args, run.trainer.plan
+    rows = plan.rows_per_step if plan else args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return f"{rows} rows in {args.gradient_accumulation_steps} micro-batches on each of {args.world_size} processes"
 
 
 def _near(name: str) -> str:
@@ -402,7 +311,3 @@ def _near(name: str) -> str:
 def _idle_cards(world: int) -> str:
     count = torch.cuda.device_count()
     return f" ({count} are here: torchrun --nproc_per_node={count} uses them all)" if count > world else ""
-
-
-def _listed(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or [])

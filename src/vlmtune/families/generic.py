@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from vlmtune.families import Family, set_areas, token_ids
+from vlmtune.families import Family, grids, set_areas, token_ids
 
 # what processors call the tokens that stand for pictures; taken from transformers' processors
 ATTRIBUTES = ("image_token", "boi_token", "eoi_token", "fake_image_token", "global_image_token")
@@ -29,6 +29,9 @@ class Generic(Family):
         ):
             super().set_pixels(processor, min_pixels=min_pixels, max_pixels=max_pixels)
         set_areas(processor, min_pixels=min_pixels, max_pixels=max_pixels)
+
+    def picture_inputs(self, image_processor: Any, images: Any, **options: Any) -> dict[str, Any]:
+        return grids(image_processor, images, options) or super().picture_inputs(image_processor, images, **options)
 
 
 FAMILY = Generic(

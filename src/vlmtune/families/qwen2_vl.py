@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from vlmtune.families import Family, set_areas, token_ids
+from vlmtune.families import Family, grids, set_areas, token_ids
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,9 @@ class Qwen2VL(Family):
 
     def set_pixels(self, processor: Any, *, min_pixels: int | None, max_pixels: int | None) -> None:
         set_areas(processor, min_pixels=min_pixels, max_pixels=max_pixels)
+
+    def picture_inputs(self, image_processor: Any, images: Any, **options: Any) -> dict[str, Any]:
+        return grids(image_processor, images, options) or super().picture_inputs(image_processor, images, **options)
 
 
 FAMILY = Qwen2VL(

@@ -1,0 +1,117 @@
+"""Attention over packed rows, each row by itself: no mask over the pack, and no row that sees another.
+
+`IMPLEMENTATION` is a name for transformers' `attn_implementation`. A batch that is not packed gets transformers' own SDPA.
+https://huggingface.co/docs/transformers/attention_interface
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+IMPLEMENTATION = "vlmtune"
+Sight: TypeAlias = tuple[int, Sequence[tuple[int, int]]]  # so many tokens see the tiles from the one to the other
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    segments: Sequence[int] | None = None,
+    sights: Sequence[Sight] | None = None,
+    tiles: int = 0,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int = 0,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Self-attention of each row of a pack by itself, or cross-attention of each row to its own pictures.
+
+    Args:
+        module: the attention layer; one without a true `is_causal` looks at pictures.
+        query: `[1, heads, seq, head_dim]`.
+        key: `[1, key_heads, seq, head_dim]`, or of pictures `[1, key_heads, tiles * patches, head_dim]`.
+        value: like `key`.
+        attention_mask: `[1, 1, seq, seq]` where a layer has a sliding window longer rows reach over, else None.
+        segments: the rows' lengths, which sum up to seq; None where the batch is not packed.
+        sights: of cross-attention, which tokens see which tiles; together they are all tokens.
+        tiles: of all pictures in the pack.
+        cu_seq_lens_q: `[rows + 1]`, int32, the rows' borders, for kernels that take them.
+        max_length_q: the longest row.
+        options: `dropout`, `scaling` and what else transformers passes on.
+
+    Returns:
+        `[1, seq, heads, head_dim]`, and no weights.
+
+    """
+    if segments is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    if not getattr(module, "is_causal", False):
+        return _look(module, query, key, value, sights or [], key.shape[2] // max(tiles, 1), options), None
+    if attention_mask is None and _has_varlen(query, options):
+        assert cu_seq_lens_q is not None
+        return _varlen(query, key, value, cu_seq_lens_q, max_length_q, options), None
+    outputs: list[Tensor] = []
+    start = 0
+    for length in segments:
+        stop = start + length
+        mask = attention_mask[..., start:stop, start:stop] if attention_mask is not None else None
+        asked, keys, values = (tensor[:, :, start:stop] for tensor in (query, key, value))
+        outputs.append(sdpa_attention_forward(module, asked, keys, values, mask, **options)[0])
+        start = stop
+    return torch.cat(outputs, dim=1), None
+
+
+def _look(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, sights: Sequence[Sight], patches: int, options: dict[str, Any]
+) -> Tensor:
+    """Cross-attention without a mask: tokens that see the same tiles go together. Tokens without pictures get zeros."""
+    outputs: list[Tensor] = []
+    start = 0
+    for count, ranges in sights:
+        asked = query[:, :, start : start + count]
+        start += count
+        if not ranges:
+            outputs.append(torch.zeros_like(asked).transpose(1, 2))
+            continue
+        keys, values = (
+            torch.cat([tensor[:, :, first * patches : last * patches] for first, last in ranges], dim=2)
+            for tensor in (key, value)
+        )
+        all_of_them: dict[str, Any] = {**options, "is_causal": False}
+        outputs.append(sdpa_attention_forward(module, asked, keys, values, None, **all_of_them)[0])
+    return torch.cat(outputs, dim=1)
+
+
+def _has_varlen(query: Tensor, options: dict[str, Any]) -> bool:
+    """Whether torch's own FlashAttention takes these: Ampere or newer, 16 bit, no dropout."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] <= 256
+        and not options.get("dropout")
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int, options: dict[str, Any]) -> Tensor:
+    """One kernel for all rows. https://docs.pytorch.org/docs/stable/nn.attention.varlen.html"""
+    asked, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [seq, heads, head_dim]
+    kernel = partial(varlen_attn, scale=options.get("scaling"), window_size=(-1, 0), enable_gqa=True)  # causal
+    output = kernel(asked, keys, values, borders, borders, longest, longest)
+    assert isinstance(output, Tensor)
+    return output[None]
+
+
+AttentionInterface.register(IMPLEMENTATION, packed_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)  # batches that are not packed are masked as ever

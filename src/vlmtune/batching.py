@@ -1,0 +1,140 @@
+"""From rows to micro-batches: their tokens counted, packed where that is right, planned for every epoch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peft import PeftModel
+from trl import SFTConfig
+
+from vlmtune.collator import MultimodalCollator, PackingCollator
+from vlmtune.console import progress
+from vlmtune.data import Rows, Split
+from vlmtune.errors import DatasetError, ModelError, RecipeError
+from vlmtune.model import attend_by_row, positions_model
+from vlmtune.packing import BatchPlan
+from vlmtune.proof import packing_fault
+from vlmtune.recipe import Recipe
+
+Row = Mapping[str, Any]
+Collator = Callable[[Sequence[Row]], Mapping[str, Any]]
+AT_ONCE = 32  # rows in one call of the processor
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How the training rows become batches."""
+
+    collator: Collator
+    plan: BatchPlan | None  # None: the trainer's own batches
+    packing: str  # what was decided, and why, in a few words
+
+
+def counted_rows(recipe: Recipe, split: Split, collator: MultimodalCollator) -> tuple[Split, list[int]]:
+    """The rows that the processor takes and the model in one piece, and the tokens of each training row.
+
+    Raises:
+        DatasetError: there are others, and the recipe does not say to drop them.
+
+    """
+    tokens: dict[str, int] = {}
+
+    def refused(rows: Rows) -> dict[int, str]:
+        return _count(rows, collator, tokens)
+
+    def too_long(rows: Rows) -> dict[int, str]:
+        found = {position: tokens[rows.name(position)] for position in range(len(rows))}
+        limit = collator.max_length or math.inf
+        return {
+            position: f"it has {count} tokens and the limit is {limit}" for position, count in found.items() if count > limit
+        }
+
+    longer = "shorten them, lower images.max_pixels, raise train.max_length"
+    longer += " and packing.length" if recipe.packing.length else ""
+    split = split.without(refused, policy=recipe.on_bad_row, hint="set `on_bad_row: drop` to go on without them")
+    split = split.without(too_long, policy=recipe.on_too_long, hint=f"{longer}, or set `on_too_long: drop`")
+    return split, [tokens[split.train.name(position)] for position in range(len(split.train))]
+
+
+def batching(
+    recipe: Recipe, config: SFTConfig, model: PeftModel, collator: MultimodalCollator, rows: Rows, lengths: Sequence[int]
+) -> Batching:
+    """Micro-batches of the rows, whose lengths are in tokens: packed, or padded with rows of like length together.
+
+    Raises:
+        RecipeError: packs of a certain length are asked for, and this model cannot have any.
+        DatasetError: there are fewer rows than processes.
+
+    """
+    packing = PackingCollator(collator, positions_model(model))
+    obstacle = "" if recipe.packing.mode == "off" else _packing_obstacle(model, packing, rows, lengths)
+    if obstacle and recipe.packing.length:
+        raise RecipeError(f"`packing.length` is {recipe.packing.length}, and {obstacle}")
+    packed = recipe.packing.mode != "off" and not obstacle
+    budget = (packed and recipe.packing.length) or config.per_device_train_batch_size * max(lengths)
+    try:
+        plan = _plan(config, lengths, max_tokens=budget, packed=packed)
+    except ValueError as error:
+        raise DatasetError(str(error)) from error
+    if packed:
+        return Batching(packing, plan, f"on: no padding, at most {plan.largest:,} tokens a micro-batch")
+    return Batching(collator, plan, f"off: {obstacle}" if obstacle else "off")
+
+
+def _packing_obstacle(model: PeftModel, packing: PackingCollator, rows: Rows, lengths: Sequence[int]) -> str:
+    """Why rows cannot be packed, or nothing; tried out on the two shortest rows."""
+    try:
+        attend_by_row(model)
+    except ModelError as error:
+        return str(error)
+    shortest = sorted(range(len(lengths)), key=lengths.__getitem__)[:2]
+    samples = [rows[position] for position in shortest] * (2 if len(shortest) == 1 else 1)
+    return packing_fault(model, packing, samples) or ""
+
+
+def _plan(config: SFTConfig, lengths: Sequence[int], *, max_tokens: int, packed: bool) -> BatchPlan:
+    rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    steps = math.ceil(len(lengths) / rows_per_step)
+    epochs = math.ceil(config.max_steps / steps if config.max_steps > 0 else config.num_train_epochs)
+    return BatchPlan(
+        lengths,
+        rows_per_step=rows_per_step,
+        max_tokens=max_tokens,
+        packed=packed,
+        epochs=epochs,
+        seed=config.seed if config.data_seed is None else config.data_seed,
+        shuffle=config.train_sampling_strategy == "random",
+        rank=config.process_index,
+        world=config.world_size,
+    )
+
+
+def _count(rows: Rows, collator: MultimodalCollator, tokens: dict[str, int]) -> dict[int, str]:
+    """Enters the tokens of each row by its name; position → why, of those that the processor refuses."""
+    refused: dict[int, str] = {}
+    with progress() as shown:
+        task = shown.add_task("Counting tokens", total=len(rows), text="")
+        for start in range(0, len(rows), AT_ONCE):
+            some = range(start, min(start + AT_ONCE, len(rows)))
+            samples = [rows[position] for position in some]
+            try:
+                counts = collator.lengths(samples)
+            except DatasetError:  # one of them; which, and are there others?
+                counts = [_length(collator, sample) for sample in samples]
+            for position, count in zip(some, counts, strict=True):
+                if isinstance(count, str):
+                    refused[position] = count.removeprefix(f"{rows.name(position)}: ")
+                else:
+                    tokens[rows.name(position)] = count
+            shown.advance(task, len(some))
+    return refused
+
+
+def _length(collator: MultimodalCollator, sample: Row) -> int | str:
+    try:
+        return collator.lengths([sample])[0]
+    except DatasetError as error:
+        return str(error)

@@ -1,0 +1,67 @@
+"""Whether packed rows and kept features do to this very model what they should: tried out before a run relies on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from vlmtune.collator import MultimodalCollator, PackingCollator
+from vlmtune.families import Family
+from vlmtune.model import evaluating, on_device
+
+Row = Mapping[str, Any]
+EXACT = 1e-3  # largest difference of hidden states, relative to their size; a row that is seen by another changes far more
+ROUNDED = 5e-2  # the same in 16 bit, where the order of sums shows
+
+
+def packing_fault(model: PeftModel, collator: PackingCollator, rows: Sequence[Row]) -> str | None:
+    """What is wrong when these rows are packed: the last one sees another, or comes out other than padded. None: nothing."""
+    family = collator.collator.family
+    padded = collator.collator(rows)
+    packed = collator(rows)
+    length = packed["segments"][-1]
+    alone = int(padded["attention_mask"][-1].sum())
+    with evaluating(model):
+        own = _hidden(model, family, packed)[0, -length:]
+        disturbed = _hidden(model, family, _other_words(packed, length))[0, -length:]
+        as_padded = _hidden(model, family, padded)[-1, :alone]
+    if _difference(own, disturbed) > EXACT:
+        return "one row of a pack sees another"
+    if _difference(own, as_padded) > (EXACT if model.dtype == torch.float32 else ROUNDED):
+        return "a packed row comes out other than a padded one"
+    return None
+
+
+def features_fault(model: PeftModel, collator: MultimodalCollator, row: Row, features: Sequence[Tensor]) -> str | None:
+    """What is wrong when a row's pictures are given as features in place of pixels. None: nothing."""
+    with evaluating(model):
+        batch = collator([row])
+        plain = _hidden(model, collator.family, batch)
+        bare = {name: values for name, values in batch.items() if name != "pixel_values"}
+        given = {**bare, "image_features": collator.family.join_features(bare, features)}
+        kept = _hidden(model, collator.family, given)
+    same = _difference(plain, kept) <= (EXACT if model.dtype == torch.float32 else ROUNDED)
+    return None if same else "features in place of pixels change what the model sees"
+
+
+def _hidden(model: PeftModel, family: Family, batch: Mapping[str, Any]) -> Tensor:
+    """`[batch, seq, hidden]`, the states that the head gets."""
+    core: Any = model.get_base_model().base_model
+    inputs = family.model_inputs({name: values for name, values in on_device(batch, model).items() if name != "labels"})
+    return core(**inputs, use_cache=False).last_hidden_state.float()
+
+
+def _other_words(packed: Mapping[str, Any], length: int) -> dict[str, Any]:
+    """The pack with every answer exchanged but the last row's, which has so many tokens."""
+    ids, trained = packed["input_ids"].clone(), packed["labels"] >= 0
+    trained[:, -length:] = False
+    ids[trained] = ids[trained].roll(1) if trained.sum() > 1 and len(ids[trained].unique()) > 1 else ids[0, -1]
+    return {**packed, "input_ids": ids}
+
+
+def _difference(values: Tensor, wanted: Tensor) -> float:
+    return float((values - wanted).norm() / wanted.norm().clamp(min=1e-12))

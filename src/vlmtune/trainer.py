@@ -1,0 +1,215 @@
+"""TRL's SFTTrainer under a recipe. The only file that imports the trainer."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from vlmtune.batch import IGNORE
+from vlmtune.callbacks import Speed
+from vlmtune.errors import RecipeError
+from vlmtune.families import Family
+from vlmtune.model import compute_dtype
+from vlmtune.packing import BatchPlan
+from vlmtune.recipe import Recipe
+
+CHECKPOINTING = (  # switch and options, by their old and their new names
+    "gradient_checkpointing",
+    "gradient_checkpointing_kwargs",
+    "activation_checkpointing",
+    "activation_checkpointing_kwargs",
+)
+
+
+class Trainer(SFTTrainer):
+    """TRL's trainer with batches as planned, the head at trained positions only, and tokens a second in its log.
+
+    Args:
+        family: knows how a batch goes into the model.
+        plan: which rows go together; None leaves that to the trainer.
+        eval_collator: makes the batches of evaluations, which are not packed.
+
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        family: Family,
+        plan: BatchPlan | None,
+        eval_collator: Any,
+        callbacks: list[TrainerCallback],
+        **kwargs: Any,
+    ) -> None:
+        self.plan, self._family, self._eval_collator = plan, family, eval_collator
+        self._speed, self._head = Speed(), HeadPositions()
+        super().__init__(*args, callbacks=[self._speed, *callbacks], **kwargs)
+        base: Any = cast("PeftModel", self.model).get_base_model()
+        base.base_model.register_forward_hook(self._head)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        inputs = self._family.model_inputs(inputs)
+        if not self.args.label_smoothing_factor:  # which wants all logits
+            inputs = self._head.choose(inputs)
+        if "segments" in inputs and _is_flex(model):
+            del inputs["attention_mask"]  # transformers tells packed rows by their positions, where there is no mask
+        try:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            self._head.positions = None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return self.plan if self.plan is not None else super()._get_train_sampler(train_dataset)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        collator, self.data_collator = self.data_collator, self._eval_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Loads the adapter in the dtype that it is trained in: peft makes every 16-bit one float32.
+
+        https://github.com/huggingface/peft/blob/main/src/peft/peft_model.py (`load_adapter`, `autocast_adapter_dtype`)
+        """
+        model = cast("PeftModel", self.model)
+        dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        super()._load_from_checkpoint(*args, **kwargs)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtypes[name])
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        started = time.perf_counter()
+        metrics = super().evaluate(*args, **kwargs)
+        self._speed.leave_out(time.perf_counter() - started)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs["tokens_per_second"] = self._speed(self.state.num_input_tokens_seen)
+            # TRL begins again at 0 when a run is resumed, and takes 3-D positions for a batch of one token
+            self._metrics["train"]["num_tokens"] = [self.state.num_input_tokens_seen]
+        super().log(logs, start_time)
+
+
+class HeadPositions:
+    """A forward hook on the model without its head: of the hidden states, it leaves those whose next token is trained on.
+
+    On a GPU TRL's fused head scores only these by itself, elsewhere every position.
+    https://github.com/huggingface/trl/blob/main/trl/trainer/utils.py (`add_fused_lm_head`)
+    """
+
+    positions: Tensor | None = None  # in the batch, flattened; None leaves all
+
+    def choose(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch with `shift_labels` `[1, trained]` in place of `labels` `[batch, seq]`, and their positions kept."""
+        targets = nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE).flatten()
+        positions = (targets != IGNORE).nonzero().flatten()
+        self.positions = positions if len(positions) else positions.new_zeros(1)  # a row without answers has a loss of 0
+        return {name: values for name, values in inputs.items() if name != "labels"} | {
+            "shift_labels": targets[self.positions][None]
+        }
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if self.positions is not None:
+            output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[self.positions][None]
+        return output
+
+
+def sft_config(recipe: Recipe) -> SFTConfig:
+    """TRL's configuration: vlmtune's defaults, and over them what the recipe's `train` section says.
+
+    Raises:
+        RecipeError: values that TRL or this machine refuses.
+
+    """
+    given = dict(recipe.train)
+    evaluates = any((recipe.data.eval_source, recipe.data.eval_split, recipe.data.eval_fraction, recipe.data.eval_rows))
+    patience = recipe.eval.early_stop_patience
+    if patience and not evaluates:
+        raise RecipeError("`eval.early_stop_patience` needs held-out rows: set data.eval_fraction, eval_rows or eval_split")
+    on_gpu, dtype = torch.cuda.is_available(), compute_dtype(recipe.model)
+    defaults: dict[str, Any] = {
+        "use_cpu": not (on_gpu or torch.backends.mps.is_available()),
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16 and on_gpu,
+        "save_strategy": "epoch",
+        "eval_strategy": "epoch" if evaluates else "no",
+        "per_device_eval_batch_size": given.get("per_device_train_batch_size", 8),
+        "logging_first_step": True,
+        "load_best_model_at_end": bool(patience),
+        "max_length": None,  # TRL's default would be 1024
+    }
+    fixed: dict[str, Any] = {
+        "output_dir": str(recipe.output_dir),
+        "include_num_input_tokens_seen": "non_padding",
+        "remove_unused_columns": False,  # the collator needs the messages
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "activation_checkpointing": False,  # model.use_checkpointing does it, without hooks on the vision tower
+        "report_to": [name for name in listed(given.get("report_to", "tensorboard")) if name not in ("tensorboard", "none")],
+    }
+    if (strategy := given.get("train_sampling_strategy", "random")) not in ("random", "sequential"):
+        raise RecipeError(
+            f"`train.train_sampling_strategy` is {strategy!r}: rows of like length go together anyway; it is 'random' or "
+            "'sequential'"
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and given.get("use_cpu", defaults["use_cpu"]):
+        defaults["ddp_backend"] = "gloo"
+    for name in CHECKPOINTING:
+        given.pop(name, None)
+    try:
+        config = SFTConfig(**{**defaults, **given, **fixed})
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:  # ImportError: deepspeed, liger and the like
+        raise RecipeError(f"`train` section: {' '.join(str(error).split())}") from None
+    if config.n_gpu > 1:  # one process uses one card, and does not count the others: torchrun starts a process for each
+        # https://github.com/huggingface/transformers/blob/main/src/transformers/training_args.py (`n_gpu`)
+        config._n_gpu = 1  # pyright: ignore[reportPrivateUsage]
+    return config
+
+
+def checkpoint_every(recipe: Recipe) -> int:
+    """Every how many layers activations are recomputed in the backward pass; 0 keeps them all.
+
+    `train.gradient_checkpointing` is true, false, or that number; by default each layer is recomputed on a GPU and none on a
+    CPU, whose memory is larger.
+
+    transformers 5 calls it activation checkpointing and TRL still gradient checkpointing: both names count.
+
+    Raises:
+        RecipeError: options that would train an adapter wrongly or that are none.
+
+    """
+    on: bool | int = torch.cuda.is_available() and not recipe.train.get("use_cpu")
+    named: dict[str, Any] = {}
+    for switch, kwargs in zip(CHECKPOINTING[::2], CHECKPOINTING[1::2], strict=True):
+        on = on if recipe.train.get(switch) is None else recipe.train[switch]
+        named = recipe.train.get(kwargs) or named
+    if named.get("use_reentrant"):
+        raise RecipeError(f"`train.{CHECKPOINTING[1]}.use_reentrant` is true; only false trains adapters rightly here")
+    unknown = sorted(set(named) - {"use_reentrant", "every_n_layers"})
+    if unknown:
+        raise RecipeError(
+            f"`train.{CHECKPOINTING[1]}.{unknown[0]}` is not an option: there is every_n_layers, and use_reentrant, which is "
+            "false"
+        )
+    return named.get("every_n_layers", int(on)) if on else 0
+
+
+def listed(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
+
+
+def _is_flex(model: nn.Module) -> bool:
+    config: Any = getattr(model, "module", model).config  # DistributedDataParallel hides it
+    return config.get_text_config()._attn_implementation == "flex_attention"

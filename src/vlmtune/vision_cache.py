@@ -1,0 +1,211 @@
+"""Every picture goes through a frozen vision tower once; later epochs, later runs and evaluations read what came out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from peft import PeftModel
+from torch import Tensor
+
+from vlmtune.collator import MultimodalCollator, pictures
+from vlmtune.console import progress
+from vlmtune.data import Rows
+from vlmtune.errors import RecipeError
+from vlmtune.features import FeatureStore, tower_key
+from vlmtune.model import evaluating, on_device
+from vlmtune.proof import features_fault
+from vlmtune.recipe import LoraSection, VisionCacheSection
+
+AT_ONCE = 8  # pictures in one call of the tower
+WRITTEN_AT_ONCE = 64 * 2**20  # bytes of features in a file
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Those that train together, and which of them this is."""
+
+    rank: int = 0
+    world: int = 1
+    wait: Callable[[], None] = lambda: None  # until all have come here
+
+
+def keep_features(
+    section: VisionCacheSection,
+    lora: LoraSection,
+    model: PeftModel,
+    collator: MultimodalCollator,
+    parts: Sequence[Rows],
+    *,
+    passes: float,
+    processes: Processes,
+) -> str:
+    """Gives the collator the features of all pictures of these rows, where the recipe asks for it or where it pays.
+
+    Args:
+        section: the recipe's `vision_cache`.
+        lora: the recipe's `lora`: a tower that is trained has no lasting features.
+        model: on its device.
+        collator: its `features` are set.
+        parts: the rows whose pictures are wanted.
+        passes: how often the run goes through the pictures.
+        processes: each of several encodes a part of the pictures and reads the others' from the disk.
+
+    Returns:
+        What was decided, and why, in a few words.
+
+    Raises:
+        RecipeError: features are asked for that this model cannot have, or that are larger than the budget.
+
+    """
+    obstacle = _obstacle(lora, model, collator)
+    if section.mode == "off" or (obstacle and section.mode == "auto"):
+        return f"off: {obstacle}" if obstacle and section.mode == "auto" else "off"
+    if obstacle:
+        raise RecipeError(f"`vision_cache` is {section.mode}, and {obstacle}")
+    sources = _distinct(collator, parts)
+    if not sources:
+        return "off: no row has a picture"
+    directory = _directory(section, model, collator)
+    on_disk = FeatureStore(directory)
+    missing = {key: source for key, source in sources.items() if key not in on_disk}
+    if section.mode == "auto" and missing and passes <= 1 and len(sources) == sum(_count(rows) for rows in parts):
+        return "off: the run goes through the pictures once"
+    size = _size(model, collator, sources)
+    place, reason = _place(section, size, directory, all_there=not missing, world=processes.world)
+    if place == "off":
+        return reason
+    store = on_disk if place == "disk" else FeatureStore()
+    wanted = missing if place == "disk" else sources
+    if fault := _fault(model, collator, parts):
+        if section.mode != "auto":
+            raise RecipeError(f"`vision_cache` is {section.mode}, and with this model {fault}")
+        return f"off: {fault}"
+    _fill(store, model, collator, list(wanted.items()), processes if place == "disk" else Processes())
+    collator.features = store
+    damaged = f", {len(on_disk.damaged)} damaged files left aside" if on_disk.damaged else ""
+    known = f", {len(sources) - len(wanted)} known before" if len(wanted) < len(sources) else ""
+    where = f" in {directory}" if place == "disk" else ""
+    return f"{place}: {len(sources)} pictures{known}, {_human(size)}{where}{damaged}"
+
+
+def _obstacle(lora: LoraSection, model: PeftModel, collator: MultimodalCollator) -> str | None:
+    """Why features cannot be kept, if they cannot."""
+    if not collator.family.takes_images:
+        return "the model takes no pictures"
+    if lora.scope != "language":
+        return f"the vision tower is trained (`lora.scope` is {lora.scope})"
+    core: Any = model.get_base_model().base_model
+    tower = _tower(core, collator)
+    if not tower or any(weight.requires_grad for _, weight in tower):
+        return "the model has no vision tower that is known and frozen"
+    return None
+
+
+def _tower(core: Any, collator: MultimodalCollator) -> list[tuple[str, Tensor]]:
+    """Name and weight of all that sees."""
+    sees = collator.family.sees
+    return [(name, parameter) for name, parameter in core.named_parameters() if sees.match(name)]
+
+
+def _distinct(collator: MultimodalCollator, parts: Sequence[Rows]) -> dict[str, Any]:
+    """Fingerprint → where a picture is read from, each picture once."""
+    found: dict[str, Any] = {}
+    with progress() as shown:
+        task = shown.add_task("Looking through pictures", total=sum(map(len, parts)), text="")
+        for rows in parts:
+            for position in range(len(rows)):
+                for source in pictures(rows[position]):
+                    found.setdefault(collator.fingerprint(source), source)
+                shown.advance(task)
+    return found
+
+
+def _count(rows: Rows) -> int:
+    return sum(len(pictures(rows[position])) for position in range(len(rows)))
+
+
+def _directory(section: VisionCacheSection, model: PeftModel, collator: MultimodalCollator) -> Path:
+    """A directory for this tower with these pixel settings: features of others are never found in it."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = Path(section.directory).expanduser() if section.directory else cache / "vlmtune" / "features"
+    base: Any = model.get_base_model()
+    settings = {"pixels": collator.processor.image_processor.to_dict(), "model": type(base).__name__, "dtype": str(base.dtype)}
+    return root / tower_key(_tower(base.base_model, collator), settings)
+
+
+def _size(model: PeftModel, collator: MultimodalCollator, sources: dict[str, Any]) -> int:
+    """Bytes of the features of all pictures, told from one that is encoded and the others' tokens."""
+    first = next(iter(sources.values()))
+    per_token = _encode(model, collator, [first])[0].nbytes / collator.picture_tokens(first)
+    return round(per_token * sum(map(collator.picture_tokens, sources.values())))
+
+
+def _place(section: VisionCacheSection, size: int, directory: Path, *, all_there: bool, world: int) -> tuple[str, str]:
+    """`memory`, `disk` or `off`, and why it is off."""
+    free = shutil.disk_usage(_existing(directory)).free
+    budgets = {"memory": psutil.virtual_memory().available // 4, "disk": free // 2}
+    if section.budget is not None:
+        budgets = dict.fromkeys(budgets, int(section.budget * 2**30))
+    if all_there and section.mode != "memory":
+        return "disk", ""
+    if section.mode != "auto":
+        if size > budgets[section.mode]:
+            raise RecipeError(
+                f"`vision_cache` is {section.mode}, and the features take {_human(size)} where the budget is "
+                f"{_human(budgets[section.mode])}: raise vision_cache.budget, lower images.max_pixels, or turn it off"
+            )
+        return section.mode, ""
+    if world == 1 and size <= budgets["memory"]:  # several processes would each hold all of it
+        return "memory", ""
+    if size <= budgets["disk"]:
+        return "disk", ""
+    return "off", f"off: the features would take {_human(size)}, and the budget is {_human(max(budgets.values()))}"
+
+
+def _fault(model: PeftModel, collator: MultimodalCollator, parts: Sequence[Rows]) -> str | None:
+    row = next(rows[position] for rows in parts for position in range(len(rows)) if pictures(rows[position]))
+    return features_fault(model, collator, row, _encode(model, collator, pictures(row)))
+
+
+def _fill(
+    store: FeatureStore, model: PeftModel, collator: MultimodalCollator, wanted: list[tuple[str, Any]], processes: Processes
+) -> None:
+    """Encodes this process's share of the pictures that are wanted, and waits for the others'."""
+    share = wanted[processes.rank :: processes.world]
+    with progress() as shown:
+        task = shown.add_task("Encoding pictures", total=len(share), text="")
+        pending: dict[str, Tensor] = {}
+        for some in _in_parts(share, AT_ONCE):
+            features = _encode(model, collator, [source for _, source in some])
+            pending |= {key: feature.cpu() for (key, _), feature in zip(some, features, strict=True)}
+            if sum(feature.nbytes for feature in pending.values()) > WRITTEN_AT_ONCE:
+                store.add(pending)
+                pending = {}
+            shown.advance(task, len(some))
+        store.add(pending)
+    processes.wait()
+    store.refresh()
+
+
+def _encode(model: PeftModel, collator: MultimodalCollator, sources: Sequence[Any]) -> list[Tensor]:
+    core: Any = model.get_base_model().base_model
+    with evaluating(model):
+        return collator.family.encode(core, on_device(collator.pictures(sources), model))
+
+
+def _in_parts(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _existing(directory: Path) -> Path:
+    return next(path for path in (directory, *directory.absolute().parents) if path.exists())
+
+
+def _human(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
