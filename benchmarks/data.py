@@ -9,8 +9,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFilter
 
 EDGES = {"qwen2_vl": (224, 448), "pixtral": (224, 448), "mllama": (196, 294)}  # Mllama: one tile, as 500 of 560 pixels
-SYLLABLES = "ba ke lo mi nu ra se ti vo zu pan mer sol fin dor gal".split()
-COLOURS = "black white red green blue yellow grey brown".split()
+SYLLABLES = ["ba", "ke", "lo", "mi", "nu", "ra", "se", "ti", "vo", "zu", "pan", "mer", "sol", "fin", "dor", "gal"]
+COLOURS = ["black", "white", "red", "green", "blue", "yellow", "grey", "brown"]
 
 
 def make_rows(family: str, count: int, directory: Path, *, seed: int = 0) -> Path:
@@ -24,7 +24,11 @@ def make_rows(family: str, count: int, directory: Path, *, seed: int = 0) -> Pat
         _picture(chance, chance.randint(low, high), chance.randint(low, high)).save(directory / path, quality=90)
         title, features = _words(chance, 12, 0.3), _words(chance, 24, 0.9)
         question = f"<image>Write a short product description.\nName: {title.title()}\nAbout: {features}"
-        messages = [("system", "You sell online."), ("user", question), ("assistant", _words(chance, 22, 0.5).capitalize() + ".")]
+        messages = [
+            ("system", "You sell online."),
+            ("user", question),
+            ("assistant", _words(chance, 22, 0.5).capitalize() + "."),
+        ]
         row = {"messages": [{"role": role, "content": text} for role, text in messages], "images": [str(path)]}
         lines.append(json.dumps(row))
     path = directory / "rows.jsonl"

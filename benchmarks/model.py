@@ -1,7 +1,7 @@
 """Small models with the proportions of the full-size ones, and the count of the floating-point operations that both need.
 
 Every width is an eighth of the published one and the layers are an eighth (Qwen2-VL: a seventh) in number. Layers then shrink
-by 8 × 8 × 8 and the head by 8 × 8, so the vocabulary is an eighth too: vision tower, language layers and head keep their
+by 8 × 8 × 8 and the head by 8, so the vocabulary shrinks by 8 × 8: vision tower, language layers and head keep their
 shares of the work. `python benchmarks/model.py` prints both side by side.
 """
 
@@ -237,7 +237,7 @@ QWEN_TEMPLATE = """\
 {%- macro parts(content) -%}
 {%- if content is string -%}{{- content -}}{%- else -%}
 {%- for part in content -%}
-{%- if part['type'] == 'image' -%}{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}{%- else -%}{{- part['text'] -}}{%- endif -%}
+{{- '<|vision_start|><|image_pad|><|vision_end|>' if part['type'] == 'image' else part['text'] -}}
 {%- endfor -%}{%- endif -%}
 {%- endmacro -%}
 {%- if message['role'] == 'assistant' -%}
@@ -251,6 +251,7 @@ QWEN_TEMPLATE = """\
 
 def _processor(family: str) -> Any:
     import transformers
+
     from vlmtune.families import find_family
 
     tokenizer, vision = _tokenizer(family), SMALL[family].vision
@@ -348,8 +349,10 @@ def _pixtral(sizes: Sizes, tokenizer: Any) -> Any:
     vision, language = sizes.vision, sizes.language
     config = transformers.LlavaConfig(
         text_config=transformers.MistralConfig(
-            **_text(language, tokenizer), head_dim=language.head_dim, sliding_window=None, rope_parameters={
-                "rope_type": "default", "rope_theta": 1e6}
+            **_text(language, tokenizer),
+            head_dim=language.head_dim,
+            sliding_window=None,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         ),
         vision_config=transformers.PixtralVisionConfig(
             hidden_size=vision.hidden,
@@ -369,9 +372,9 @@ def _pixtral(sizes: Sizes, tokenizer: Any) -> Any:
 
 def count_rows(family: str, checkpoint: Path, rows: Path) -> list[dict[str, int]]:
     """Of every row `tokens`, `patches` and the positions with a label under each rule, `all` and `answers`."""
-    from vlmtune import MultimodalCollator
-
     from transformers import AutoProcessor
+
+    from vlmtune import MultimodalCollator
 
     processor = AutoProcessor.from_pretrained(checkpoint)
     counts: list[dict[str, int]] = []

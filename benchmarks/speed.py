@@ -31,7 +31,7 @@ from rich.table import Table
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "contenders"))
 
-from probe import Job
+from probe import Job  # noqa: E402
 
 console = Console(width=None if sys.stdout.isatty() else 160)
 
@@ -45,7 +45,7 @@ class Contender:
     python: str = "vlmtune"  # whose environment
     families: tuple[str, ...] = FAMILIES
     settings: Mapping[str, Any] = field(default_factory=dict)
-    same_steps: bool = True  # each optimiser step sees the rows that the others see, so that losses compare
+    comparable: bool = True  # each optimiser step sees the rows and the labels that the others see: losses compare
     default: bool = True  # runs unless --contenders says otherwise
 
 
@@ -55,11 +55,11 @@ CONTENDERS = {
     "tutorial": Contender("tutorial.py", "all"),
     "trl": Contender("trl_collator.py", "all"),
     "trl-answers": Contender("trl_collator.py", "answers"),
-    "llamafactory": Contender("llama_factory.py", "all", "llamafactory", QWEN),
+    "llamafactory": Contender("llama_factory.py", "all", "llamafactory", QWEN, comparable=False),
     "llamafactory-answers": Contender("llama_factory.py", "answers", "llamafactory", QWEN),
-    "llamafactory-packed": Contender("llama_factory.py", "all", "llamafactory", QWEN, PACKED, same_steps=False, default=False),
+    "llamafactory-packed": Contender("llama_factory.py", "all", "llamafactory", QWEN, PACKED, comparable=False, default=False),
     "llamafactory-answers-packed": Contender(
-        "llama_factory.py", "answers", "llamafactory", QWEN, PACKED, same_steps=False, default=False
+        "llama_factory.py", "answers", "llamafactory", QWEN, PACKED, comparable=False, default=False
     ),
     "llamafactory-answers-pure": Contender(
         "llama_factory.py", "answers", "llamafactory", QWEN, {"pure_bf16": True, "bf16": False}, default=False
@@ -70,8 +70,13 @@ CONTENDERS = {
         "ms_swift.py", "answers", "mswift", QWEN, {"gradient_checkpointing": True}, default=False
     ),
     "mswift-answers-packed": Contender(
-        "ms_swift.py", "answers", "mswift", QWEN, {"packing": True, "attn_impl": "flash_attn", "packing_length": 1504, "per_device_train_batch_size": 1},
-        same_steps=False, default=False,
+        "ms_swift.py",
+        "answers",
+        "mswift",
+        QWEN,
+        {"packing": True, "attn_impl": "flash_attn", "packing_length": 1504, "per_device_train_batch_size": 1},
+        comparable=False,
+        default=False,
     ),
     "mswift-answers-padding-free": Contender(
         "ms_swift.py", "answers", "mswift", QWEN, {"padding_free": True, "attn_impl": "flash_attn"}, default=False
@@ -111,7 +116,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, help="default: all that have an environment")
     parser.add_argument("--out", type=Path, default=Path("build/speed"), help="where models, rows, logs and speed.json go")
     parser.add_argument("--picture", type=Path, help="PNG of the bars (default: performance.png in --out)")
-    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--accumulation", type=int, default=4)
@@ -208,10 +213,11 @@ def _summary(found: Mapping[str, Any]) -> str:
     if "error" in found:
         return f"failed, {found['error']}"
     gibibytes = max(found["rss_peak_before"], found["rss_peak_training"]) / 2**30
-    return (
-        f"{found['train_seconds']:.1f} s ({found['train_cpu_seconds']:.1f} s of CPU), before {found['prepare_seconds']:.1f} s, {gibibytes:.2f} GiB, {found['steps']} steps, "
-        f"loss {found['losses'][0]:.4f} to {found['losses'][-1]:.4f}"
+    losses = f"loss {found['losses'][0]:.4f} to {found['losses'][-1]:.4f}"
+    times = (
+        f"{found['train_seconds']:.1f} s ({found['train_cpu_seconds']:.1f} s of CPU), before {found['prepare_seconds']:.1f} s"
     )
+    return f"{times}, {gibibytes:.2f} GiB, {found['steps']} steps, {losses}"
 
 
 def machine(threads: int) -> dict[str, Any]:
@@ -244,9 +250,9 @@ def summarise(report: Mapping[str, Any], family: str) -> list[dict[str, Any]]:
         if not good:
             summary.append({**line, "error": runs[0]["error"] if runs else "not run"})
             continue
-        ours = part["runs"].get("vlmtune" if labels == "all" else "vlmtune-answers", [])
-        pairs = [(a, b) for a, b in zip(runs, ours, strict=False) if "error" not in a and "error" not in b]
         base = "vlmtune" if labels == "all" else "vlmtune-answers"
+        ours = part["runs"].get(base, [])
+        pairs = [(a, b) for a, b in zip(runs, ours, strict=False) if "error" not in a and "error" not in b]
         ratios = [seconds(name, theirs) / seconds(base, own) for theirs, own in pairs]
         line["seconds"] = median(seconds(name, found) for found in good)
         line["prepare"] = median(found["prepare_seconds"] for found in good)
@@ -257,9 +263,10 @@ def summarise(report: Mapping[str, Any], family: str) -> list[dict[str, Any]]:
         line["before_gib"] = median(found["rss_before"] for found in good) / 2**30
         line["useful_flops"] = part["useful_flops"][labels] / line["seconds"]
         line["share_of_gemm"] = line["useful_flops"] / median(part["gemm_flops"])
+        line["tokens"] = good[0]["tokens"] / (settings["epochs"] * sum(row["tokens"] for row in part["rows"]))
         line["steps"] = good[0]["steps"]
         line["losses"] = [good[0]["losses"][0], good[0]["losses"][-1]]
-        line["loss_difference"] = _largest_difference(pairs) if CONTENDERS[name].same_steps else None
+        line["loss_difference"] = _largest_difference(pairs) if CONTENDERS[name].comparable else None
         summary.append(line)
     return summary
 
@@ -292,10 +299,23 @@ def show(report: Mapping[str, Any], picture: Path) -> None:
 
 
 def speed_table(family: str, summary: Sequence[Mapping[str, Any]], gemm: float) -> Table:
-    table = Table(title=f"{family}: medians of {max((line['runs'] for line in summary), default=0)} runs; GEMM {gemm / 1e12:.2f} TFLOP/s")
+    table = Table(
+        title=f"{family}: medians of {max((line['runs'] for line in summary), default=0)} runs; GEMM {gemm / 1e12:.2f} TFLOP/s"
+    )
     for name in ("contender", "labels"):
         table.add_column(name, no_wrap=True)
-    for name in ("seconds", "before", "rows/s", "vlmtune is × faster", "peak GiB", "useful", "loss", "largest gap", "steps"):
+    for name in (
+        "seconds",
+        "before",
+        "rows/s",
+        "vlmtune is × faster",
+        "peak GiB",
+        "useful",
+        "loss",
+        "largest gap",
+        "steps",
+        "tokens",
+    ):
         table.add_column(name, justify="right")
     for line in summary:
         low, high = line["ratios"] or (None, None)
@@ -311,6 +331,7 @@ def speed_table(family: str, summary: Sequence[Mapping[str, Any]], gemm: float) 
             f"{line['losses'][0]:.3f}–{line['losses'][1]:.3f}",
             f"{line['loss_difference']:.1e}" if line["loss_difference"] is not None else "",
             str(line["steps"]),
+            f"{line['tokens']:.1%}",
         )
     return table
 

@@ -240,5 +240,5 @@ def test_numbers_and_switches_written_as_text_are_what_they_say() -> None:
 
 
 def test_fields_that_would_contradict_vlmtune_are_refused() -> None:
-    with pytest.raises(RecipeError, match=r"`train.packing` is not for a recipe: rows are not packed"):
+    with pytest.raises(RecipeError, match=r"`train.packing` is not for a recipe: `packing`, beside `train`"):
         load_recipe({"model": {"name": "m"}, "data": {"source": "d"}, "train": {"packing": True}})

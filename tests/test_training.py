@@ -33,7 +33,7 @@ def losses(run: Run) -> list[float]:
 
 
 def logits(model: Any, run: Run) -> torch.Tensor:
-    batch = run.family.model_inputs(run.prompter([run.train_rows[position] for position in range(4)]))
+    batch = run.prompter([run.train_rows[position] for position in range(4)])
     batch.pop("labels")
     with torch.no_grad():
         return model.eval()(**batch).logits.float()

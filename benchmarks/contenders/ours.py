@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import vlmtune.training
 from probe import Probe, read_job
+
+import vlmtune.training
 from vlmtune.recipe import Recipe
 
 # what a recipe may set for speed; a version that does not know a key yet goes without

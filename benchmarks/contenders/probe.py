@@ -69,6 +69,7 @@ class Probe:
     def __init__(self, job: Job) -> None:
         self._job, self._apart = job, dict[str, float]()
         self._found: dict[str, Any] = {}
+        self._tokens = 0
 
     def start(self) -> None:
         """Imports are done: from here on the time counts as preparation. Call it before the contender's own code runs."""
@@ -100,7 +101,7 @@ class Probe:
         return called
 
     def _patch(self, trainer_class: Any) -> None:
-        train, probe = trainer_class.train, self
+        train, training_step, probe = trainer_class.train, trainer_class.training_step, self
         trainer_class.__init__ = self.call_apart("trainer", trainer_class.__init__)
 
         def measured(trainer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -114,7 +115,11 @@ class Probe:
             probe._after(trainer)
             return output
 
-        trainer_class.train = measured
+        def counted(trainer: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            probe._tokens += _tokens(inputs)
+            return training_step(trainer, model, inputs, *args, **kwargs)
+
+        trainer_class.train, trainer_class.training_step = measured, counted
 
     def _before(self, trainer: Any) -> None:
         self._found["adapter_dtype"] = start_adapter(trainer.model, Path(self._job.checkpoint) / "adapter.safetensors")
@@ -130,6 +135,7 @@ class Probe:
             "rss_peak_workers": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
             "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
             "steps": trainer.state.global_step,
+            "tokens": self._tokens,
             "apart_seconds": self._apart,
             "threads": torch.get_num_threads(),
             "dtype": str(next(trainer.model.parameters()).dtype),
@@ -157,6 +163,12 @@ def start_adapter(model: Any, path: Path) -> str:
         for name, weight in trained.items():
             weight.copy_(shared[name])
     return ", ".join(sorted({str(weight.dtype) for weight in trained.values()}))
+
+
+def _tokens(inputs: Any) -> int:
+    """Tokens of a micro-batch without padding: who sees fewer than the others has lost some, its pictures perhaps."""
+    mask = inputs.get("attention_mask")
+    return int(mask.sum()) if mask is not None and mask.dim() == 2 and mask.max() == 1 else inputs["input_ids"].numel()
 
 
 def _plain(name: str) -> str:

@@ -29,6 +29,7 @@ class Batching:
     """How the training rows become batches."""
 
     collator: Collator
+    padded: Collator  # of evaluations
     plan: BatchPlan | None  # None: the trainer's own batches
     packing: str  # what was decided, and why, in a few words
 
@@ -80,8 +81,8 @@ def batching(
     except ValueError as error:
         raise DatasetError(str(error)) from error
     if packed:
-        return Batching(packing, plan, f"on: no padding, at most {plan.largest:,} tokens a micro-batch")
-    return Batching(collator, plan, f"off: {obstacle}" if obstacle else "off")
+        return Batching(packing, collator, plan, f"on: no padding, at most {plan.largest:,} tokens a micro-batch")
+    return Batching(collator, collator, plan, f"off: {obstacle}" if obstacle else "off")
 
 
 def _packing_obstacle(model: PeftModel, packing: PackingCollator, rows: Rows, lengths: Sequence[int]) -> str:
@@ -95,16 +96,24 @@ def _packing_obstacle(model: PeftModel, packing: PackingCollator, rows: Rows, le
     return packing_fault(model, packing, samples) or ""
 
 
+def rows_per_step(config: SFTConfig) -> int:
+    """Rows of an optimiser step, of all processes, however many micro-batches they make."""
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+
+
+def passes(config: SFTConfig, rows: int) -> float:
+    """How often a run goes through its rows."""
+    steps = math.ceil(rows / rows_per_step(config))
+    return config.max_steps / steps if config.max_steps > 0 else config.num_train_epochs
+
+
 def _plan(config: SFTConfig, lengths: Sequence[int], *, max_tokens: int, packed: bool) -> BatchPlan:
-    rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-    steps = math.ceil(len(lengths) / rows_per_step)
-    epochs = math.ceil(config.max_steps / steps if config.max_steps > 0 else config.num_train_epochs)
     return BatchPlan(
         lengths,
-        rows_per_step=rows_per_step,
+        rows_per_step=rows_per_step(config),
         max_tokens=max_tokens,
         packed=packed,
-        epochs=epochs,
+        epochs=math.ceil(passes(config, len(lengths))),
         seed=config.seed if config.data_seed is None else config.data_seed,
         shuffle=config.train_sampling_strategy == "random",
         rank=config.process_index,

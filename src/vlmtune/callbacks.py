@@ -73,6 +73,20 @@ class HeldOutAnswers(TrainerCallback):
                 self._writer.add_image(f"held out/{number}, picture {place}", pil_to_tensor(picture), state.global_step)
 
 
+class PlanEpochs(TrainerCallback):
+    """Tells a plan the epoch: a run of several processes that is resumed in mid-epoch does not.
+
+    There the trainer's `set_epoch` reaches accelerate's two wrappers and not what they hold.
+    https://github.com/huggingface/transformers/blob/main/src/transformers/trainer.py (`_run_epoch`)
+    """
+
+    def __init__(self, plan: Any) -> None:
+        self._plan = plan
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._plan.set_epoch(int(state.epoch))
+
+
 class Speed(TrainerCallback):
     """Tokens a second between one log and the next, in training alone; and a log of the last step."""
 

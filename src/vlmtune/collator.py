@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -38,8 +39,11 @@ class MultimodalCollator:
         family: a `Family`, the name of one, or None to tell it from the processor.
         train_on_inputs: train on prompts too.
         max_length: longest row, in tokens.
-        features: what the vision tower makes of the pictures. A batch whose pictures are all in there has `image_features`
-            in place of their pixels, and none of them is decoded.
+
+    Attributes:
+        features: what the vision tower makes of the pictures, or None. A batch whose pictures are all in there has
+            `image_features` in place of their pixels, and none of them is decoded: `Family.model_inputs` makes of it what a
+            model's forward takes.
 
     Raises:
         ModelError: the chat template cannot tell answers from prompts, or trains no stop token.
@@ -55,13 +59,12 @@ class MultimodalCollator:
         train_on_inputs: bool = False,
         *,
         max_length: int | None = None,
-        features: FeatureStore | None = None,
     ) -> None:
         self.processor = processor
         self.family = find_family(family, processor=processor)
         self.train_on_inputs = train_on_inputs
         self.max_length = max_length
-        self.features = features
+        self.features: FeatureStore | None = None
         self._looked_at: dict[str, tuple[int, int]] = {}  # name of a picture → width, height
         self._fingerprints: dict[str, str] = {}
         self._picture_tokens: dict[tuple[int, ...], int] = {}  # height, width, 3 → tokens
@@ -89,6 +92,12 @@ class MultimodalCollator:
         if features:
             batch["image_features"] = self.family.join_features(batch, features)
         return batch
+
+    def with_features(self, features: FeatureStore) -> MultimodalCollator:
+        """The same collator, with `features`."""
+        other = copy.copy(self)
+        other.features = features
+        return other
 
     def pictures(self, sources: Sequence[Any]) -> dict[str, Any]:
         """A batch of rows that hold one picture each and nothing else to speak of, for the vision tower."""

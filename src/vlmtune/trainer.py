@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from vlmtune.batch import IGNORE
-from vlmtune.callbacks import Speed
+from vlmtune.callbacks import PlanEpochs, Speed
 from vlmtune.errors import RecipeError
 from vlmtune.families import Family
 from vlmtune.model import compute_dtype
@@ -50,7 +50,8 @@ class Trainer(SFTTrainer):
     ) -> None:
         self.plan, self._family, self._eval_collator = plan, family, eval_collator
         self._speed, self._head = Speed(), HeadPositions()
-        super().__init__(*args, callbacks=[self._speed, *callbacks], **kwargs)
+        follow = [PlanEpochs(plan)] if plan is not None else []
+        super().__init__(*args, callbacks=[self._speed, *follow, *callbacks], **kwargs)
         base: Any = cast("PeftModel", self.model).get_base_model()
         base.base_model.register_forward_hook(self._head)
 

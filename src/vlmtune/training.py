@@ -21,7 +21,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig
 
-from vlmtune.batching import Batching, Collator, batching, counted_rows
+from vlmtune.batching import Batching, Collator, batching, counted_rows, passes
 from vlmtune.callbacks import HeldOutAnswers, ProgressBar
 from vlmtune.collator import MultimodalCollator
 from vlmtune.console import console, decisions, is_main_process
@@ -119,22 +119,17 @@ def _prepared(
     if collator is not None:
         return split, *_as_given(recipe, collator)
     split, lengths = counted_rows(recipe, split, prompter)
-    parts = [split.train, *([split.held_out] if split.held_out is not None and config.eval_strategy != "no" else [])]
-    batches = batching(recipe, config, model, prompter, split.train, lengths)
-    assert batches.plan is not None
-    processes = Processes(config.process_index, config.world_size, PartialState().wait_for_everyone)
-    cache = keep_features(
+    features, cache = keep_features(
         recipe.vision_cache,
         recipe.lora,
         model,
         prompter,
-        parts,
-        passes=config.num_train_epochs
-        if config.max_steps < 0
-        else config.max_steps * batches.plan.micro_batches / len(batches.plan),
-        processes=processes,
+        [split.train, *([split.held_out] if split.held_out is not None and config.eval_strategy != "no" else [])],
+        passes=passes(config, len(split.train)),
+        processes=Processes(config.process_index, config.world_size, PartialState().wait_for_everyone),
     )
-    return split, batches, cache
+    reads = prompter.with_features(features) if features is not None else prompter
+    return split, batching(recipe, config, model, reads, split.train, lengths), cache
 
 
 def _as_given(recipe: Recipe, collator: Collator) -> tuple[Batching, str]:
@@ -142,7 +137,7 @@ def _as_given(recipe: Recipe, collator: Collator) -> tuple[Batching, str]:
     if recipe.packing.length or recipe.vision_cache.mode in ("memory", "disk"):
         asked = "`packing.length`" if recipe.packing.length else f"`vision_cache: {recipe.vision_cache.mode}`"
         raise RecipeError(f"{asked} is for vlmtune's collator, and you pass one of your own, which may change the pictures")
-    return Batching(collator, None, "off: a collator of your own"), "off: a collator of your own"
+    return Batching(collator, collator, None, "off: a collator of your own"), "off: a collator of your own"
 
 
 def _refuse_another_adapter(model: PeftModel, checkpoint: Path) -> None:
@@ -196,7 +191,7 @@ def _trainer(
             family=prompter.family,
             plan=batches.plan,
             data_collator=batches.collator,  # pyright: ignore[reportArgumentType]
-            eval_collator=batches.collator if batches.plan is None else prompter,
+            eval_collator=batches.padded,
             train_dataset=_dataset(split.train),
             eval_dataset=_dataset(split.held_out) if split.held_out is not None else None,
             processing_class=prompter.processor,

@@ -44,20 +44,20 @@ def keep_features(
     *,
     passes: float,
     processes: Processes,
-) -> str:
-    """Gives the collator the features of all pictures of these rows, where the recipe asks for it or where it pays.
+) -> tuple[FeatureStore | None, str]:
+    """The features of all pictures of these rows, where the recipe asks for them or where they pay.
 
     Args:
         section: the recipe's `vision_cache`.
         lora: the recipe's `lora`: a tower that is trained has no lasting features.
         model: on its device.
-        collator: its `features` are set.
+        collator: opens the pictures.
         parts: the rows whose pictures are wanted.
         passes: how often the run goes through the pictures.
         processes: each of several encodes a part of the pictures and reads the others' from the disk.
 
     Returns:
-        What was decided, and why, in a few words.
+        The features, or None; and what was decided, and why, in a few words.
 
     Raises:
         RecipeError: features are asked for that this model cannot have, or that are larger than the budget.
@@ -65,33 +65,32 @@ def keep_features(
     """
     obstacle = _obstacle(lora, model, collator)
     if section.mode == "off" or (obstacle and section.mode == "auto"):
-        return f"off: {obstacle}" if obstacle and section.mode == "auto" else "off"
+        return None, f"off: {obstacle}" if obstacle and section.mode == "auto" else "off"
     if obstacle:
         raise RecipeError(f"`vision_cache` is {section.mode}, and {obstacle}")
     sources = _distinct(collator, parts)
     if not sources:
-        return "off: no row has a picture"
+        return None, "off: no row has a picture"
     directory = _directory(section, model, collator)
     on_disk = FeatureStore(directory)
     missing = {key: source for key, source in sources.items() if key not in on_disk}
     if section.mode == "auto" and missing and passes <= 1 and len(sources) == sum(_count(rows) for rows in parts):
-        return "off: the run goes through the pictures once"
+        return None, "off: the run goes through the pictures once"
     size = _size(model, collator, sources)
     place, reason = _place(section, size, directory, all_there=not missing, world=processes.world)
     if place == "off":
-        return reason
+        return None, reason
     store = on_disk if place == "disk" else FeatureStore()
     wanted = missing if place == "disk" else sources
     if fault := _fault(model, collator, parts):
         if section.mode != "auto":
             raise RecipeError(f"`vision_cache` is {section.mode}, and with this model {fault}")
-        return f"off: {fault}"
+        return None, f"off: {fault}"
     _fill(store, model, collator, list(wanted.items()), processes if place == "disk" else Processes())
-    collator.features = store
     damaged = f", {len(on_disk.damaged)} damaged files left aside" if on_disk.damaged else ""
     known = f", {len(sources) - len(wanted)} known before" if len(wanted) < len(sources) else ""
     where = f" in {directory}" if place == "disk" else ""
-    return f"{place}: {len(sources)} pictures{known}, {_human(size)}{where}{damaged}"
+    return store, f"{place}: {len(sources)} pictures{known}, {_human(size)}{where}{damaged}"
 
 
 def _obstacle(lora: LoraSection, model: PeftModel, collator: MultimodalCollator) -> str | None:
