@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 import transformers
+from model import make_checkpoint
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
-from model import make_tokenizer
 from vlmtune.collator import MultimodalCollator, pictures
 from vlmtune.features import FeatureStore
 
@@ -38,16 +38,23 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true")
     arguments = parser.parse_args()
     table = Table(title=f"rows a second, medians of {REPEATS}; {os.cpu_count()} cores")
-    names = ["family", *(f"{kind}, {workers} workers" for kind in ("pixels", "features") for workers in arguments.workers)]
+    names = [
+        "family",
+        *(f"{kind}, {workers} workers" for kind in ("pixels", "decoded before", "features") for workers in arguments.workers),
+    ]
     for name in names:
         table.add_column(name, justify="right")
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     with tempfile.TemporaryDirectory() as directory:
         rows = make_rows(Path(directory))
         for family in WIDTH:
-            plain = MultimodalCollator(make_processor(family))
+            plain = MultimodalCollator(make_processor(family, Path(directory) / family))
             kept = plain.with_features(make_features(plain, family, rows))
-            cells = [f"{rate(kind, rows, workers):,.0f}" for kind in (plain, kept) for workers in arguments.workers]
+            cells = [
+                f"{rate(kind, rows, workers):,.0f}"
+                for kind in (plain, plain.with_memory(2**30), kept)
+                for workers in arguments.workers
+            ]
             table.add_row(family, *cells)
             lines.append("| " + " | ".join([family, *cells]) + " |")
     Console().print("\n".join(lines) if arguments.markdown else table)
@@ -67,17 +74,12 @@ def make_rows(directory: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def make_processor(family: str) -> Any:
-    tokenizer = make_tokenizer(family)
-    if family == "mllama":
-        return transformers.MllamaProcessor(transformers.MllamaImageProcessor(max_image_tiles=4), tokenizer)
-    if family == "pixtral":
-        image_processor = transformers.PixtralImageProcessor(size={"longest_edge": 1024}, patch_size=16)
-        return transformers.PixtralProcessor(image_processor, tokenizer, patch_size=16)
-    template = Path(transformers.__file__).parents[1] / "trl" / "chat_templates" / "qwen2_5_vl.jinja"
-    return transformers.Qwen2VLProcessor(
-        transformers.Qwen2VLImageProcessor(), tokenizer, transformers.Qwen2VLVideoProcessor(), chat_template=template.read_text()
-    )
+def make_processor(family: str, checkpoint: Path) -> Any:
+    """The small benchmark model's processor and tokenizer, with the image processor's own default settings."""
+    make_checkpoint(family, checkpoint)
+    processor = transformers.AutoProcessor.from_pretrained(checkpoint)
+    processor.image_processor = type(processor.image_processor)()
+    return processor
 
 
 def make_features(collator: MultimodalCollator, family: str, rows: list[dict[str, Any]]) -> FeatureStore:

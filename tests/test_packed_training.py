@@ -37,6 +37,10 @@ EVERY = (*SEEING, "text")
 MIXING = [kind for kind in EVERY if kind != "mllama"]  # whose padded rows do not see what fills up their neighbours' pictures
 
 
+def longer(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 # ---- rows
 
 
@@ -390,8 +394,10 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return seen
 
 
-@pytest.mark.parametrize("train_on_inputs", [False, True])
-@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize(
+    ("kind", "train_on_inputs"),
+    [*((kind, False) for kind in EVERY), ("mllama", True), *(longer(kind, True) for kind in MIXING)],
+)
 def test_a_packed_run_has_the_losses_and_the_tokens_of_a_padded_one(
     bucketed: MakeRecipe, batches: list[dict[str, Any]], kind: str, train_on_inputs: bool
 ) -> None:
@@ -410,7 +416,7 @@ def test_a_packed_run_has_the_losses_and_the_tokens_of_a_padded_one(
     assert figures(packed, "grad_norm") == pytest.approx(figures(padded, "grad_norm"), rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize("kind", [*KINDS, *map(longer, EVERY[3:])])
 def test_a_packed_run_has_the_token_accuracy_and_the_entropy_of_a_padded_one(bucketed: MakeRecipe, kind: str) -> None:
     settings = {"train.train_sampling_strategy": "sequential", "train.per_device_train_batch_size": 4}
     settings |= {"train.gradient_accumulation_steps": 1, "packing": {"length": 2000}}
@@ -431,7 +437,7 @@ def test_a_shuffled_packed_run_learns_from_the_same_rows_in_each_step_as_a_padde
 def test_a_shuffled_run_begins_with_its_costliest_micro_batch(
     bucketed: MakeRecipe, batches: list[dict[str, Any]], packing: str
 ) -> None:
-    for seed in range(4):
+    for seed in range(3):
         batches.clear()
         settings = {"train.seed": seed, "train.max_steps": 4, "packing": packing}
         run = finetune(bucketed("text", name="run", **settings), overwrite=True)
@@ -460,7 +466,7 @@ def by_hand(recipe: Mapping[str, Any], rows: Sequence[Any]) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("train_on_inputs", [False, True])
+@pytest.mark.parametrize("train_on_inputs", [False, longer(True)])
 @pytest.mark.parametrize("packing", [{"length": 2000}, "off"], ids=["packed", "padded"])
 @pytest.mark.parametrize("kind", EVERY)
 def test_loss_accuracy_and_entropy_are_those_of_all_logits(
@@ -478,19 +484,18 @@ def test_the_head_scores_no_position_that_is_not_trained(
     recipe: MakeRecipe, batches: list[dict[str, Any]], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scored: list[int] = []
-    linear = torch.nn.functional.linear
-    vocabulary = Loaded(recipe(kind)).model.get_output_embeddings().weight.shape[0]
+    step = Trainer.training_step
 
-    def count(values: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-        if weight.shape[0] == vocabulary:
-            scored.append(values.numel() // values.shape[-1])
-        return linear(values, weight, *rest)
+    def listen(self: Trainer, model: Any, *args: Any) -> Any:
+        if not scored:  # what comes out of the model's body after the trainer's own hook is what its head gets
+            core = self.model.get_base_model().base_model
+            core.register_forward_hook(lambda _, __, output: scored.append(output.last_hidden_state.shape[:2].numel()))
+        return step(self, model, *args)
 
-    monkeypatch.setattr(torch.nn.functional, "linear", count)
-    finetune(recipe(kind, **{"eval.samples": 0, "train.max_steps": 2}))
-    trained = [trained_tokens(batch["labels"]) for batch in batches]
-    assert sum(trained) > 0
-    assert set(scored) <= set(trained)
+    monkeypatch.setattr(Trainer, "training_step", listen)
+    finetune(recipe(kind, **{"eval.samples": 0}))
+    assert scored == [trained_tokens(batch["labels"]) for batch in batches]
+    assert 0 < sum(scored) < sum(batch["input_ids"].numel() for batch in batches) / 2
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -554,7 +559,7 @@ def in_two_processes(script: Path, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("kind", ["qwen2_vl", *(pytest.param(kind, marks=pytest.mark.slow) for kind in EVERY[1:])])
+@pytest.mark.parametrize("kind", ["qwen2_vl", *map(longer, EVERY[1:])])
 def test_two_processes_pack_like_one_and_resume_in_the_middle_of_an_epoch_exactly(
     bucketed: MakeRecipe, tmp_path: Path, kind: str
 ) -> None:

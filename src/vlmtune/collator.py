@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vlmtune.batch import end_at_stop_token, make_labels
@@ -65,6 +66,8 @@ class MultimodalCollator:
         self.train_on_inputs = train_on_inputs
         self.max_length = max_length
         self.features: FeatureStore | None = None
+        self._room = 0  # bytes left for decoded pictures
+        self._decoded: dict[str, Image.Image] = {}
         self._looked_at: dict[str, tuple[int, int]] = {}  # name of a picture → width, height
         self._fingerprints: dict[str, str] = {}
         self._picture_tokens: dict[tuple[int, ...], int] = {}  # height, width, 3 → tokens
@@ -97,6 +100,12 @@ class MultimodalCollator:
         """The same collator, with `features`."""
         other = copy.copy(self)
         other.features = features
+        return other
+
+    def with_memory(self, size: int) -> MultimodalCollator:
+        """The same collator, which keeps decoded pictures of files up to so many bytes: the first that come stay."""
+        other = copy.copy(self)
+        other._room, other._decoded = size, {}
         return other
 
     def pictures(self, sources: Sequence[Any]) -> dict[str, Any]:
@@ -154,7 +163,7 @@ class MultimodalCollator:
 
         Without `pixels`, pictures are not decoded, and all is there but `pixel_values`.
         """
-        open_picture = load_image if pixels else self._blank
+        open_picture = self._open if pixels else self._blank
         conversations = [self._with_pictures(row, place, open_picture) for place, row in enumerate(rows, 1)]
         options["pixels"] = pixels
         try:
@@ -217,6 +226,16 @@ class MultimodalCollator:
         if escaped not in self._sizes_only:
             self._sizes_only[escaped] = without_pixels(self._processor(escaped=escaped, pixels=True), self.family)
         return self._sizes_only[escaped]
+
+    def _open(self, source: Any) -> Image.Image:
+        if isinstance(source, str) and source in self._decoded:
+            return self._decoded[source]
+        picture = load_image(source)
+        size = 3 * picture.width * picture.height
+        if isinstance(source, str) and len(source) <= LONGEST_NAME and size <= self._room:
+            self._decoded[source] = picture
+            self._room -= size
+        return picture
 
     def _blank(self, source: Any) -> Any:
         """A picture of the source's size for a processor without pixels; of a file, the header is read once."""

@@ -118,12 +118,24 @@ class LoraSection(Section):
     use_dora: bool = False
 
 
-class PackingSection(Section):
+class SwitchedSection(Section):
+    """A section whose mode stands for it where there is nothing else: `packing: off`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        value = value if isinstance(value, dict) else {"mode": value} if isinstance(value, str | bool) else value
+        if isinstance(value, dict) and isinstance(value.get("mode"), bool):  # `off` is false to YAML
+            return {**value, "mode": "auto" if value["mode"] else "off"}
+        return value
+
+
+class PackingSection(SwitchedSection):
     mode: Literal["auto", "off"] = "auto"
     length: int | None = Field(default=None, gt=0)  # tokens of a pack at most; None: as the padded micro-batch has at most
 
 
-class VisionCacheSection(Section):
+class VisionCacheSection(SwitchedSection):
     mode: Literal["auto", "off", "memory", "disk"] = "auto"
     budget: float | None = Field(default=None, gt=0)  # GiB; None: a quarter of the free memory, half of the free disk
     directory: str | None = None  # of the features on disk; None: vlmtune/features in the user's cache directory
@@ -157,13 +169,6 @@ class Recipe(Section):
     eval: EvalSection = EvalSection()
     merge: bool = False  # merge the adapter into OUTPUT_DIR/merged after training
     train: dict[str, Any] = {}  # any field of trl.SFTConfig, by its name
-
-    @field_validator("packing", "vision_cache", mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        """A mode stands for the section that has nothing else; and `off` is false to YAML."""
-        value = ("auto" if value else "off") if isinstance(value, bool) else value
-        return {"mode": value} if isinstance(value, str) else value
 
     @field_validator("train")
     @classmethod
@@ -300,6 +305,9 @@ def _checked_train(train: Mapping[str, Any], mistakes: list[tuple[str, str]]) ->
             continue
         if key not in names:
             mistakes.append((key, f"is not a field of trl.SFTConfig.{did_you_mean(key, names)}"))
+            continue
+        if value is False and key.endswith("_strategy"):  # `no` is false to YAML
+            checked[key] = "no"
             continue
         if key in EVERY_N_LAYERS and isinstance(value, int) and value > 1:
             continue

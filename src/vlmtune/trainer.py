@@ -151,6 +151,8 @@ def sft_config(recipe: Recipe) -> SFTConfig:
         "logging_first_step": True,
         "load_best_model_at_end": bool(patience),
         "max_length": None,  # TRL's default would be 1024
+        # beside a GPU two processes prepare the batches; a CPU that trains has no core to spare (benchmarks/loader.py)
+        "dataloader_num_workers": 2 if on_gpu and not given.get("use_cpu") else 0,
     }
     fixed: dict[str, Any] = {
         "output_dir": str(recipe.output_dir),
@@ -167,6 +169,8 @@ def sft_config(recipe: Recipe) -> SFTConfig:
         )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and given.get("use_cpu", defaults["use_cpu"]):
         defaults["ddp_backend"] = "gloo"
+    if given.get("dataloader_num_workers", defaults["dataloader_num_workers"]):
+        defaults["dataloader_persistent_workers"] = True
     for name in CHECKPOINTING:
         given.pop(name, None)
     try:

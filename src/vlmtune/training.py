@@ -1,4 +1,4 @@
-"""Training: TRL's SFTTrainer under a recipe. The only file that imports the trainer."""
+"""Training: rows, model and trainer put together as a recipe says."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import psutil
 import torch
 from accelerate import PartialState
 from peft import PeftConfig, PeftModel
@@ -25,7 +26,7 @@ from vlmtune.batching import Batching, Collator, batching, counted_rows, passes
 from vlmtune.callbacks import HeldOutAnswers, ProgressBar
 from vlmtune.collator import MultimodalCollator
 from vlmtune.console import console, decisions, is_main_process
-from vlmtune.data import Rows, Split, find_bad_rows, load_data, spread
+from vlmtune.data import SHOWN, Rows, Split, find_bad_rows, load_data, spread
 from vlmtune.errors import ModelError, OutputError, RecipeError, VlmtuneError
 from vlmtune.families import Family
 from vlmtune.model import compute_dtype, load_model, match_adapter_dtype, parameter_counts, use_checkpointing
@@ -80,7 +81,7 @@ def finetune(
         trainer = _trainer(checked, config, model, split, prompter, batches)
         run = Run(model, processor, trainer, checked, found, split, prompter)
         _show_decisions(run, batches.packing, cache)
-        seconds = _train(trainer, checkpoint)
+        seconds = _train(trainer, checkpoint, split.train)
     run.metrics |= _training_metrics(run, seconds)
     if is_main_process():
         save(run)
@@ -128,7 +129,8 @@ def _prepared(
         passes=passes(config, len(split.train)),
         processes=Processes(config.process_index, config.world_size, PartialState().wait_for_everyone),
     )
-    reads = prompter.with_features(features) if features is not None else prompter
+    room = psutil.virtual_memory().available // 8 // (config.dataloader_num_workers + 1) // config.world_size
+    reads = prompter.with_features(features) if features is not None else prompter.with_memory(room)
     return split, batching(recipe, config, model, reads, split.train, lengths), cache
 
 
@@ -162,7 +164,8 @@ def _refuse_another_adapter(model: PeftModel, checkpoint: Path) -> None:
 def _longest_row(recipe: Recipe, model: Any) -> int | None:
     """Tokens of the longest row: the recipe's limit, and never more than the model has positions for."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limits = [limit for limit in (recipe.train.get("max_length"), recipe.packing.length, positions) if limit]
+    pack = recipe.packing.length if recipe.packing.mode != "off" else None
+    limits = [limit for limit in (recipe.train.get("max_length"), pack, positions) if limit]
     return min(limits) if limits else None
 
 
@@ -230,7 +233,7 @@ def _dataset(rows: Rows) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"position": list(range(len(rows)))}).with_transform(samples)
 
 
-def _train(trainer: Trainer, checkpoint: Path | None) -> float:
+def _train(trainer: Trainer, checkpoint: Path | None, rows: Rows) -> float:
     """Trains, and returns the seconds it took."""
     started = time.perf_counter()
     try:
@@ -239,14 +242,27 @@ def _train(trainer: Trainer, checkpoint: Path | None) -> float:
         raise type(error)(str(error).rpartition(f"{type(error).__name__}: ")[2].strip()) from error
     except torch.cuda.OutOfMemoryError as error:
         raise ModelError(
-            "the GPU's memory is full: lower train.per_device_train_batch_size (and raise gradient_accumulation_steps), lower "
-            f"images.max_pixels, or set train.gradient_checkpointing: true ({str(error).splitlines()[0]})"
+            f"the GPU's memory is full {_where(trainer, rows)}: lower packing.length or train.per_device_train_batch_size (and "
+            "raise gradient_accumulation_steps), lower images.max_pixels, or set train.gradient_checkpointing: true "
+            f"({str(error).splitlines()[0]})"
         ) from error
     finally:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, ProgressBar):
                 callback.stop()
     return time.perf_counter() - started
+
+
+def _where(trainer: Trainer, rows: Rows) -> str:
+    """The step that a run has come to, and the rows of its largest micro-batch."""
+    step = f"in step {trainer.state.global_step + 1}"
+    if trainer.plan is None:
+        return step
+    steps = trainer.plan.steps(int(trainer.state.epoch or 0))
+    largest = steps[trainer.state.global_step % len(steps)][0][trainer.plan.rank]
+    named = ", ".join(rows.name(position) for position in largest[:SHOWN])
+    more = f" and {len(largest) - SHOWN} more" if len(largest) > SHOWN else ""
+    return f"{step}, whose largest micro-batch is {named}{more}"
 
 
 def _training_metrics(run: Run, seconds: float) -> dict[str, Any]:
@@ -283,7 +299,7 @@ def _show_decisions(run: Run, packing: str, cache: str) -> None:
         "step": _step(run),
         "packing": packing,
         "vision cache": cache,
-        "checkpointing": "on" if run.model.get_base_model().is_activation_checkpointing else "off",
+        "checkpointing": {0: "off", 1: "every layer"}.get(every := checkpoint_every(recipe), f"one layer of {every}"),
         "output": recipe.output_dir,
     }
     decisions("This run", rows)
@@ -294,7 +310,9 @@ def _show_decisions(run: Run, packing: str, cache: str) -> None:
 def _step(run: Run) -> str:
     args, plan = run.trainer.args, run.trainer.plan
     rows = plan.rows_per_step if plan else args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return f"{rows} rows in {args.gradient_accumulation_steps} micro-batches on each of {args.world_size} processes"
+    parts = args.gradient_accumulation_steps
+    each = f" on each of {args.world_size} processes" if args.world_size > 1 else ""
+    return f"{rows} rows in {parts} micro-batch{'es' if parts > 1 else ''}{each}"
 
 
 def _near(name: str) -> str:

@@ -22,6 +22,7 @@ from vlmtune.model import evaluating, on_device
 from vlmtune.proof import features_fault
 from vlmtune.recipe import LoraSection, VisionCacheSection
 
+NOT_SEEN = {"_name_or_path", "transformers_version", "quantization_config"}  # what of a config does not touch the tower
 AT_ONCE = 8  # pictures in one call of the tower
 WRITTEN_AT_ONCE = 64 * 2**20  # bytes of features in a file
 
@@ -134,7 +135,8 @@ def _directory(section: VisionCacheSection, model: PeftModel, collator: Multimod
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     root = Path(section.directory).expanduser() if section.directory else cache / "vlmtune" / "features"
     base: Any = model.get_base_model()
-    settings = {"pixels": collator.processor.image_processor.to_dict(), "model": type(base).__name__, "dtype": str(base.dtype)}
+    config = {key: value for key, value in base.config.to_dict().items() if key not in NOT_SEEN}
+    settings = {"pixels": collator.processor.image_processor.to_dict(), "config": config, "dtype": str(base.dtype)}
     return root / tower_key(_tower(base.base_model, collator), settings)
 
 

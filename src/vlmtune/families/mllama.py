@@ -75,7 +75,7 @@ class Mllama(Family):
             return packed
         there = batch["aspect_ratio_ids"] > 0  # [batch, pictures]
         for name in OF_PICTURES & packed.keys():
-            packed[name] = batch[name][there][None]
+            packed[name] = batch[name].flatten(0, 1)[None] if there.all() else batch[name][there][None]
         mask = batch["cross_attention_mask"].bool()  # [batch, seq, pictures, tiles]
         tiles, counts = mask.shape[-1], there.sum(1).tolist()
         sights: list[Sight] = []
@@ -93,6 +93,8 @@ class Mllama(Family):
     def join_features(self, batch: Mapping[str, Any], features: Sequence[Tensor]) -> Tensor:
         """`[batch, pictures, tiles, patches, hidden]`, zeros where a row has fewer pictures than another."""
         there = batch["aspect_ratio_ids"] > 0
+        if there.all():  # tens of megabytes each: copied once
+            return torch.stack(list(features)).unflatten(0, there.shape)
         joined = features[0].new_zeros(*there.shape, *features[0].shape)
         joined[there] = torch.stack(list(features))
         return joined
