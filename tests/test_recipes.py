@@ -49,6 +49,9 @@ def test_recipe_loads_and_fits_on_a_page(path: Path):
     assert len(path.read_text().splitlines()) <= 40
 
 
+MEMORY = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")  # what a card has room for
+
+
 @pytest.mark.parametrize("name", AMAZON)
 def test_amazon_recipes_have_the_figures_of_the_tutorial(name: str):
     recipe = load_recipe(RECIPES / f"{name}.yaml")
@@ -58,9 +61,6 @@ def test_amazon_recipes_have_the_figures_of_the_tutorial(name: str):
     assert recipe.train_on_inputs
     expected = {
         "num_train_epochs": 3,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 8,
-        "gradient_checkpointing": True,
         "optim": "adamw_torch_fused",
         "logging_steps": 5,
         "save_strategy": "epoch",
@@ -73,16 +73,18 @@ def test_amazon_recipes_have_the_figures_of_the_tutorial(name: str):
         "report_to": "tensorboard",
         "output_dir": f"runs/{name}",
     }
-    assert recipe.train == expected
+    assert recipe.train["per_device_train_batch_size"] * recipe.train["gradient_accumulation_steps"] == 32
+    assert {key: value for key, value in recipe.train.items() if key not in MEMORY} == expected
 
 
-def test_amazon_recipes_differ_in_model_place_of_the_picture_and_output_only():
+def test_amazon_recipes_differ_in_model_place_of_the_picture_memory_and_output_only():
     reference, *others = (load_recipe(RECIPES / f"{name}.yaml").model_dump() for name in AMAZON)
     for other in others:
         assert other["data"].pop("prompt") + "<image>" == reference["data"]["prompt"]
         other["data"]["prompt"] = reference["data"]["prompt"]
         other["model"]["name"] = reference["model"]["name"]
-        other["train"]["output_dir"] = reference["train"]["output_dir"]
+        for key in ("output_dir", *MEMORY):
+            other["train"][key] = reference["train"][key]
         assert other == reference
 
 
