@@ -87,12 +87,12 @@ def main() -> None:
     for count in sorted(options.rows):
         rows, seconds = make_rows(count, options.out.absolute() / "data")
         console.print(f"{count:,} rows made in {seconds:.0f} s")
-        work = place / "runs" / str(count)
+        work, features = place / "runs" / str(count), place / "features" / str(count)
         found[count] = {}
         for run in options.runs:
             if run == "disk":
-                shutil.rmtree(place / "features", ignore_errors=True)
-            job = Job(str(checkpoint), str(rows), str(work / run), str(work / "features"), run, options.steps, options.profile)
+                shutil.rmtree(features, ignore_errors=True)
+            job = Job(str(checkpoint), str(rows), str(work / run), str(features), run, options.steps, options.profile)
             found[count][run] = run_apart(job)
             load.append(os.getloadavg()[0])
             total, peak = found[count][run]["seconds"], found[count][run]["peak"] / 2**20
@@ -106,7 +106,9 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 10_000, 100_000])
     parser.add_argument("--family", choices=FAMILIES, default="qwen2_vl")
-    parser.add_argument("--runs", choices=RUNS, nargs="+", default=RUNS, help="where features go; `found` comes after `disk`")
+    parser.add_argument(
+        "--runs", choices=RUNS, nargs="+", default=RUNS, help="where features go; `found` is for those of an earlier `disk`"
+    )
     parser.add_argument("--steps", type=int, default=50, help=f"optimiser steps of 16 rows; the first {WARM} warm up")
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--profile", action="store_true", help="say where each part spends its time, which then is longer")
@@ -239,7 +241,7 @@ class Parts:
 @dataclass(frozen=True)
 class Moment:
     seconds: float
-    resident: int
+    resident: int  # bytes of its own, without files that are memory-mapped
 
 
 def stop_after(trainer: Any, count: int) -> list[Moment]:
@@ -250,7 +252,7 @@ def stop_after(trainer: Any, count: int) -> list[Moment]:
 
     class Stop(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            moments.append(Moment(time.perf_counter(), memory()["VmRSS"]))
+            moments.append(Moment(time.perf_counter(), memory()["RssAnon"]))
             control.should_training_stop |= state.global_step >= count
 
     train = trainer.train
@@ -264,9 +266,12 @@ def stop_after(trainer: Any, count: int) -> list[Moment]:
 
 
 def memory() -> dict[str, int]:
-    """Bytes of this process in memory: `VmRSS` now, `VmHWM` at most. https://man7.org/linux/man-pages/man5/proc.5.html"""
+    """Bytes of this process in memory: `VmRSS` now, of which `RssAnon` are no file's; `VmHWM` at most.
+
+    https://man7.org/linux/man-pages/man5/proc.5.html
+    """
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmRSS", "VmHWM"))}
+    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmRSS", "VmHWM", "RssAnon"))}
 
 
 def machine() -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="vlmtune-cache-")  # no features of earlier runs
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on two busy cores spin instead of working
 
 import pytest

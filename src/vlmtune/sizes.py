@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -63,6 +64,12 @@ class TokenCounter:
 
     def __call__(self, conversations: Sequence[Any], chat_template: str) -> list[int]:
         """Tokens of each conversation, whose pictures are made by `blank`."""
+        seen = [_pictures(messages) for messages in conversations]
+        order = sorted(range(len(seen)), key=lambda row: not seen[row])  # Mllama's processor wants pictures first
+        counts = self._count([conversations[row] for row in order], [seen[row] for row in order], chat_template)
+        return [counts[order.index(row)] for row in range(len(seen))]
+
+    def _count(self, conversations: Sequence[Any], seen: Sequence[int], chat_template: str) -> list[int]:
         self._left_out.clear()
         padding: dict[str, Any] = {"padding": False} if self._plain else {"processor_kwargs": {"padding": False}}
         encoded = self._processor.apply_chat_template(
@@ -71,9 +78,7 @@ class TokenCounter:
         counts = list(map(len, encoded["input_ids"]))
         left_out = iter(self._left_out)
         if self._left_out:  # a processor may expand them in another way, and then they are counted
-            for row, messages in enumerate(conversations):
-                pictures = sum(part["type"] == "image" for message in messages for part in message["content"])
-                counts[row] += sum(next(left_out) for _ in range(pictures))
+            counts = [count + sum(islice(left_out, pictures)) for count, pictures in zip(counts, seen, strict=True)]
         return counts
 
     def _replace(self, image_inputs: dict[str, Any], image_idx: int, **options: Any) -> str:
@@ -84,6 +89,12 @@ class TokenCounter:
             self._known[text] = len(self._processor.tokenizer.encode(text, add_special_tokens=False))
         self._left_out.append(self._known[text] - 1)
         return self._processor.image_token
+
+
+def _pictures(messages: Sequence[Mapping[str, Any]]) -> int:
+    """How many there are in a conversation; a language model's has plain texts."""
+    parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
+    return sum(part["type"] == "image" for part in parts)
 
 
 class SizesOnly:

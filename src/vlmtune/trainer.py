@@ -52,6 +52,9 @@ class Trainer(SFTTrainer):
         self._speed, self._head = Speed(), HeadPositions()
         follow = [PlanEpochs(plan)] if plan is not None else []
         super().__init__(*args, callbacks=[self._speed, *follow, *callbacks], **kwargs)
+        # the loss is divided by all trained tokens of a step, whatever the model's own forward does with their number:
+        # else it would depend on how rows fall into micro-batches (`accepts_loss_kwargs`, transformers' modeling files)
+        self.model_accepts_loss_kwargs = True
         base: Any = cast("PeftModel", self.model).get_base_model()
         base.base_model.register_forward_hook(self._head)
 
@@ -116,8 +119,7 @@ class HeadPositions:
     def choose(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The batch with `shift_labels` `[1, trained]` in place of `labels` `[batch, seq]`, and their positions kept."""
         targets = nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE).flatten()
-        positions = (targets != IGNORE).nonzero().flatten()
-        self.positions = positions if len(positions) else positions.new_zeros(1)  # a row without answers has a loss of 0
+        self.positions = (targets != IGNORE).nonzero().flatten()
         return {name: values for name, values in inputs.items() if name != "labels"} | {
             "shift_labels": targets[self.positions][None]
         }

@@ -12,6 +12,7 @@ import datasets
 import psutil
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from peft import PeftConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
@@ -118,7 +119,8 @@ def _prepared(
 ) -> tuple[Split, Batching, str]:
     """The rows that can be trained on, how they become batches, and whether their pictures' features are kept."""
     if collator is not None:
-        return split, *_as_given(recipe, collator)
+        drops = "drop" in (recipe.on_bad_row, recipe.on_too_long)
+        return counted_rows(recipe, split, prompter)[0] if drops else split, *_as_given(recipe, collator)
     split, lengths = counted_rows(recipe, split, prompter)
     features, cache = keep_features(
         recipe.vision_cache,
@@ -127,11 +129,16 @@ def _prepared(
         prompter,
         [split.train, *([split.held_out] if split.held_out is not None and config.eval_strategy != "no" else [])],
         passes=passes(config, len(split.train)),
-        processes=Processes(config.process_index, config.world_size, PartialState().wait_for_everyone),
+        processes=Processes(config.process_index, config.world_size, PartialState().wait_for_everyone, _of_the_first),
     )
     room = psutil.virtual_memory().available // 8 // (config.dataloader_num_workers + 1) // config.world_size
     reads = prompter.with_features(features) if features is not None else prompter.with_memory(room)
     return split, batching(recipe, config, model, reads, split.train, lengths), cache
+
+
+def _of_the_first(value: Any) -> Any:
+    """The first process's value, for all."""
+    return broadcast_object_list([value])[0]
 
 
 def _as_given(recipe: Recipe, collator: Collator) -> tuple[Batching, str]:

@@ -34,6 +34,7 @@ class Processes:
     rank: int = 0
     world: int = 1
     wait: Callable[[], None] = lambda: None  # until all have come here
+    agree: Callable[[Any], Any] = lambda value: value  # on the first process's
 
 
 def keep_features(
@@ -73,12 +74,14 @@ def keep_features(
     if not sources:
         return None, "off: no row has a picture"
     directory = _directory(section, model, collator)
+    processes.wait()  # before any writes there
     on_disk = FeatureStore(directory)
     missing = {key: source for key, source in sources.items() if key not in on_disk}
     if section.mode == "auto" and missing and passes <= 1 and len(sources) == sum(_count(rows) for rows in parts):
         return None, "off: the run goes through the pictures once"
     size = _size(model, collator, sources)
-    place, reason = _place(section, size, directory, all_there=not missing, world=processes.world)
+    budgets = processes.agree(_budgets(section, directory))
+    place, reason = _place(section, size, budgets, all_there=not missing, world=processes.world)
     if place == "off":
         return None, reason
     store = on_disk if place == "disk" else FeatureStore()
@@ -147,12 +150,16 @@ def _size(model: PeftModel, collator: MultimodalCollator, sources: dict[str, Any
     return round(per_token * sum(map(collator.picture_tokens, sources.values())))
 
 
-def _place(section: VisionCacheSection, size: int, directory: Path, *, all_there: bool, world: int) -> tuple[str, str]:
-    """`memory`, `disk` or `off`, and why it is off."""
-    free = shutil.disk_usage(_existing(directory)).free
-    budgets = {"memory": psutil.virtual_memory().available // 4, "disk": free // 2}
+def _budgets(section: VisionCacheSection, directory: Path) -> dict[str, int]:
+    """Bytes that features may take in memory and on the disk."""
     if section.budget is not None:
-        budgets = dict.fromkeys(budgets, int(section.budget * 2**30))
+        return dict.fromkeys(("memory", "disk"), int(section.budget * 2**30))
+    free = shutil.disk_usage(_existing(directory)).free
+    return {"memory": psutil.virtual_memory().available // 4, "disk": free // 2}
+
+
+def _place(section: VisionCacheSection, size: int, budgets: dict[str, int], *, all_there: bool, world: int) -> tuple[str, str]:
+    """`memory`, `disk` or `off`, and why it is off."""
     if all_there and section.mode != "memory":
         return "disk", ""
     if section.mode != "auto":
