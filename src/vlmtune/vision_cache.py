@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlmtune.collator import MultimodalCollator, pictures
 from vlmtune.console import progress
-from vlmtune.data import Rows
+from vlmtune.data import Rows, spread
 from vlmtune.errors import RecipeError
 from vlmtune.features import FeatureStore, tower_key
 from vlmtune.model import evaluating, on_device
@@ -24,6 +24,7 @@ from vlmtune.recipe import LoraSection, VisionCacheSection
 
 NOT_SEEN = {"_name_or_path", "transformers_version", "quantization_config"}  # what of a config does not touch the tower
 AT_ONCE = 8  # pictures in one call of the tower
+SAMPLED = 1000  # pictures
 WRITTEN_AT_ONCE = 64 * 2**20  # bytes of features in a file
 
 
@@ -79,7 +80,7 @@ def keep_features(
     missing = {key: source for key, source in sources.items() if key not in on_disk}
     if section.mode == "auto" and missing and passes <= 1 and len(sources) == sum(_count(rows) for rows in parts):
         return None, "off: the run goes through the pictures once"
-    size = _size(model, collator, sources)
+    size = _size(model, collator, list(sources.values()))
     budgets = processes.agree(_budgets(section, directory))
     place, reason = _place(section, size, budgets, all_there=not missing, world=processes.world)
     if place == "off":
@@ -94,7 +95,7 @@ def keep_features(
     damaged = f", {len(on_disk.damaged)} damaged files left aside" if on_disk.damaged else ""
     known = f", {len(sources) - len(wanted)} known before" if len(wanted) < len(sources) else ""
     where = f" in {directory}" if place == "disk" else ""
-    return store, f"{place}: {len(sources)} pictures{known}, {_human(size)}{where}{damaged}"
+    return store, f"{place}: {len(sources)} pictures{known}, about {_human(size)}{where}{damaged}"
 
 
 def _obstacle(lora: LoraSection, model: PeftModel, collator: MultimodalCollator) -> str | None:
@@ -143,11 +144,14 @@ def _directory(section: VisionCacheSection, model: PeftModel, collator: Multimod
     return root / tower_key(_tower(base.base_model, collator), settings)
 
 
-def _size(model: PeftModel, collator: MultimodalCollator, sources: dict[str, Any]) -> int:
-    """Bytes of the features of all pictures, told from one that is encoded and the others' tokens."""
-    first = next(iter(sources.values()))
-    per_token = _encode(model, collator, [first])[0].nbytes / collator.picture_tokens(first)
-    return round(per_token * sum(map(collator.picture_tokens, sources.values())))
+def _size(model: PeftModel, collator: MultimodalCollator, sources: Sequence[Any]) -> int:
+    """Bytes of the features of all pictures, told from one that is encoded and from the tokens of the others.
+
+    Of more than `SAMPLED` pictures, so many are asked: each size that is new takes a call of the processor.
+    """
+    per_token = _encode(model, collator, sources[:1])[0].nbytes / collator.picture_tokens(sources[0])
+    asked = spread(sources, SAMPLED)
+    return round(per_token * sum(map(collator.picture_tokens, asked)) * len(sources) / len(asked))
 
 
 def _budgets(section: VisionCacheSection, directory: Path) -> dict[str, int]:
@@ -189,12 +193,14 @@ def _fill(
     with progress() as shown:
         task = shown.add_task("Encoding pictures", total=len(share), text="")
         pending: dict[str, Tensor] = {}
+        size = 0  # bytes pending
         for some in _in_parts(share, AT_ONCE):
             features = _encode(model, collator, [source for _, source in some])
             pending |= {key: feature.cpu() for (key, _), feature in zip(some, features, strict=True)}
-            if sum(feature.nbytes for feature in pending.values()) > WRITTEN_AT_ONCE:
+            size += sum(feature.nbytes for feature in features)
+            if size > WRITTEN_AT_ONCE:
                 store.add(pending)
-                pending = {}
+                pending, size = {}, 0
             shown.advance(task, len(some))
         store.add(pending)
     processes.wait()
