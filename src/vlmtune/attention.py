@@ -12,14 +12,19 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # an older torch
+    varlen_attn = None
+
 IMPLEMENTATION = "vlmtune"
 SHORT = 768  # tokens of a row whose scores a CPU has room for: 33 MB in a layer of 28 heads
 BLOCK = 256  # tokens whose scores fit its cache
+SPECIAL = ("dropout", "softcap", "s_aux", "position_bias")  # options that only transformers' own functions know
 Sight: TypeAlias = tuple[int, Sequence[tuple[int, int]]]  # so many tokens see the tiles from the one to the other
 
 
@@ -58,12 +63,13 @@ def packed_attention(
     """
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    if not getattr(module, "is_causal", False):
-        return _look(module, query, key, value, sights or [], key.shape[2] // max(tiles, 1), options), None
-    if attention_mask is None and _has_varlen(query, options):
+    if sights is not None and not getattr(module, "is_causal", False):
+        return _look(module, query, key, value, sights, key.shape[2] // max(tiles, 1), options), None
+    plain = attention_mask is None and not any(options.get(name) for name in SPECIAL)
+    if plain and _has_varlen(query):
         assert cu_seq_lens_q is not None
         return _varlen(query, key, value, cu_seq_lens_q, max_length_q, options), None
-    by_hand = attention_mask is None and not query.is_cuda and query.dtype == torch.bfloat16 and not options.get("dropout")
+    by_hand = plain and query.device.type == "cpu" and query.dtype == torch.bfloat16
     outputs: list[Tensor] = []
     start = 0
     for length in segments:
@@ -71,7 +77,7 @@ def packed_attention(
         mask = attention_mask[..., start:stop, start:stop] if attention_mask is not None else None
         asked, keys, values = (tensor[:, :, start:stop] for tensor in (query, key, value))
         if by_hand and length <= SHORT:
-            outputs.append(_written_out(asked, keys, values, options["scaling"]))
+            outputs.append(_written_out(asked, keys, values, options.get("scaling") or query.shape[-1] ** -0.5))
         else:
             outputs.append(sdpa_attention_forward(module, asked, keys, values, mask, **options)[0])
         start = stop
@@ -117,13 +123,14 @@ def _look(
     return torch.cat(outputs, dim=1)
 
 
-def _has_varlen(query: Tensor, options: dict[str, Any]) -> bool:
-    """Whether torch's own FlashAttention takes these: Ampere or newer, 16 bit, no dropout."""
+def _has_varlen(query: Tensor) -> bool:
+    """Whether torch's own FlashAttention takes these: Ampere or newer, 16 bit."""
     return (
-        query.is_cuda
+        varlen_attn is not None
+        and query.is_cuda
         and query.dtype in (torch.float16, torch.bfloat16)
         and query.shape[-1] <= 256
-        and not options.get("dropout")
+        and query.shape[-1] % 8 == 0
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
 
@@ -131,6 +138,7 @@ def _has_varlen(query: Tensor, options: dict[str, Any]) -> bool:
 def _varlen(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int, options: dict[str, Any]) -> Tensor:
     """One kernel for all rows. https://docs.pytorch.org/docs/stable/nn.attention.varlen.html"""
     asked, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [seq, heads, head_dim]
+    assert varlen_attn is not None
     kernel = partial(varlen_attn, scale=options.get("scaling"), window_size=(-1, 0), enable_gqa=True)  # causal
     output = kernel(asked, keys, values, borders, borders, longest, longest)
     assert isinstance(output, Tensor)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
-from trl import SFTConfig
 
-from vlmtune.collator import MultimodalCollator, PackingCollator
+from vlmtune.collator import MultimodalCollator, PackingCollator, pictures
 from vlmtune.console import progress
 from vlmtune.data import Rows, Split
 from vlmtune.errors import DatasetError, ModelError, RecipeError
@@ -19,9 +18,13 @@ from vlmtune.packing import BatchPlan
 from vlmtune.proof import packing_fault
 from vlmtune.recipe import Recipe
 
+if TYPE_CHECKING:
+    from trl import SFTConfig
+
 Row = Mapping[str, Any]
 Collator = Callable[[Sequence[Row]], Mapping[str, Any]]
 AT_ONCE = 32  # rows in one call of the processor
+LOOKED_AT = 64  # short rows among which two with pictures are looked for
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,17 @@ def counted_rows(recipe: Recipe, split: Split, collator: MultimodalCollator) -> 
 
 
 def batching(
-    recipe: Recipe, config: SFTConfig, model: PeftModel, collator: MultimodalCollator, rows: Rows, lengths: Sequence[int]
+    recipe: Recipe,
+    config: SFTConfig,
+    model: PeftModel,
+    collator: MultimodalCollator,
+    rows: Rows,
+    lengths: Sequence[int],
+    agree: Callable[[Any], Any],
 ) -> Batching:
     """Micro-batches of the rows, whose lengths are in tokens: packed, or padded with rows of like length together.
+
+    `agree` gives all processes the first one's value.
 
     Raises:
         RecipeError: packs of a certain length are asked for, and this model cannot have any.
@@ -71,7 +82,7 @@ def batching(
 
     """
     packing = PackingCollator(collator, positions_model(model))
-    obstacle = "" if recipe.packing.mode == "off" else _packing_obstacle(model, packing, rows, lengths)
+    obstacle = "" if recipe.packing.mode == "off" else agree(_packing_obstacle(model, packing, rows, lengths))
     if obstacle and recipe.packing.length:
         raise RecipeError(f"`packing.length` is {recipe.packing.length}, and {obstacle}")
     packed = recipe.packing.mode != "off" and not obstacle
@@ -86,14 +97,14 @@ def batching(
 
 
 def _packing_obstacle(model: PeftModel, packing: PackingCollator, rows: Rows, lengths: Sequence[int]) -> str:
-    """Why rows cannot be packed, or nothing; tried out on the two shortest rows."""
+    """Why rows cannot be packed, or nothing; tried out on two short rows."""
     try:
         attend_by_row(model)
     except ModelError as error:
         return str(error)
-    shortest = sorted(range(len(lengths)), key=lengths.__getitem__)[:2]
-    samples = [rows[position] for position in shortest] * (2 if len(shortest) == 1 else 1)
-    return packing_fault(model, packing, samples) or ""
+    shortest = [rows[position] for position in sorted(range(len(lengths)), key=lengths.__getitem__)[:LOOKED_AT]]
+    samples = sorted(shortest, key=lambda sample: not pictures(sample))[:2]  # stable: with pictures, where there are any
+    return packing_fault(model, packing, samples * (3 - len(samples))) or ""
 
 
 def rows_per_step(config: SFTConfig) -> int:
@@ -107,13 +118,19 @@ def passes(config: SFTConfig, rows: int) -> float:
     return config.max_steps / steps if config.max_steps > 0 else config.num_train_epochs
 
 
+def _epochs(config: SFTConfig, rows: int) -> int:
+    """How many epochs a run may begin, rather one too many: a plan may join an epoch's last rows to the step before."""
+    steps = max(rows // rows_per_step(config), 1)
+    return math.ceil(config.max_steps / steps if config.max_steps > 0 else config.num_train_epochs)
+
+
 def _plan(config: SFTConfig, lengths: Sequence[int], *, max_tokens: int, packed: bool) -> BatchPlan:
     return BatchPlan(
         lengths,
         rows_per_step=rows_per_step(config),
         max_tokens=max_tokens,
         packed=packed,
-        epochs=math.ceil(passes(config, len(lengths))),
+        epochs=_epochs(config, len(lengths)),
         seed=config.seed if config.data_seed is None else config.data_seed,
         shuffle=config.train_sampling_strategy == "random",
         rank=config.process_index,

@@ -12,20 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
+from vlmtune.album import Album
 from vlmtune.batch import end_at_stop_token, make_labels
 from vlmtune.errors import DatasetError, ImageError, ModelError
 from vlmtune.escape import Escape
 from vlmtune.families import Family, find_family
 from vlmtune.families.text import PLAIN
 from vlmtune.features import FeatureStore
-from vlmtune.images import fingerprint, image_size, load_image
 from vlmtune.sizes import TokenCounter, blank, without_pixels
 
 Row = Mapping[str, Any]
-LONGEST_NAME = 1000  # characters: a longer one holds the picture itself, as a data URL does
 
 
 class MultimodalCollator:
@@ -66,11 +64,8 @@ class MultimodalCollator:
         self.train_on_inputs = train_on_inputs
         self.max_length = max_length
         self.features: FeatureStore | None = None
-        self._room = 0  # bytes left for decoded pictures
-        self._decoded: dict[str, Image.Image] = {}
-        self._looked_at: dict[str, tuple[int, int]] = {}  # name of a picture → width, height
-        self._fingerprints: dict[str, str] = {}
-        self._picture_tokens: dict[tuple[int, ...], int] = {}  # height, width, 3 → tokens
+        self.album = Album()
+        self._picture_tokens: dict[tuple[int, int], int] = {}  # width, height → tokens
         self._counters: dict[bool, TokenCounter] = {}
         self._sizes_only: dict[bool, Any] = {}  # processors without pixels: for plain texts, and for escaped ones
         self.chat_template = training_template(processor, self.family, masked=not train_on_inputs)
@@ -102,19 +97,13 @@ class MultimodalCollator:
         other.features = features
         return other
 
-    def with_memory(self, size: int) -> MultimodalCollator:
-        """The same collator, which keeps decoded pictures of files up to so many bytes: the first that come stay."""
-        other = copy.copy(self)
-        other._room, other._decoded = size, {}
-        return other
-
     def pictures(self, sources: Sequence[Any]) -> dict[str, Any]:
         """A batch of rows that hold one picture each and nothing else to speak of, for the vision tower."""
         return self._encode([_alone(source) for source in sources])
 
     def picture_tokens(self, source: Any) -> int:
         """How many tokens stand for a picture, told from its size."""
-        size = self._blank(source).shape
+        size = self.album.size(source)
         if size not in self._picture_tokens:
             ids = self._encode([_alone(source)], pixels=False)["input_ids"]
             placeholder = self.tokenizer.convert_tokens_to_ids(self.processor.image_token)
@@ -134,14 +123,6 @@ class MultimodalCollator:
             raise
         except Exception as error:
             raise self._refusal(rows, conversations, error, pixels=False) from error
-
-    def fingerprint(self, source: Any) -> str:
-        """The picture's `images.fingerprint`; of a file, it is read once."""
-        if not isinstance(source, str) or len(source) > LONGEST_NAME:
-            return fingerprint(source)
-        if source not in self._fingerprints:
-            self._fingerprints[source] = fingerprint(source)
-        return self._fingerprints[source]
 
     def prompts(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """What a model is given to answer: the rows without a last answer, left-padded, ready for `generate`."""
@@ -163,7 +144,7 @@ class MultimodalCollator:
 
         Without `pixels`, pictures are not decoded, and all is there but `pixel_values`.
         """
-        open_picture = self._open if pixels else self._blank
+        open_picture = self.album.open if pixels else self._blank
         conversations = [self._with_pictures(row, place, open_picture) for place, row in enumerate(rows, 1)]
         options["pixels"] = pixels
         try:
@@ -227,29 +208,15 @@ class MultimodalCollator:
             self._sizes_only[escaped] = without_pixels(self._processor(escaped=escaped, pixels=True), self.family)
         return self._sizes_only[escaped]
 
-    def _open(self, source: Any) -> Image.Image:
-        if isinstance(source, str) and source in self._decoded:
-            return self._decoded[source]
-        picture = load_image(source)
-        size = 3 * picture.width * picture.height
-        if isinstance(source, str) and len(source) <= LONGEST_NAME and size <= self._room:
-            self._decoded[source] = picture
-            self._room -= size
-        return picture
-
     def _blank(self, source: Any) -> Any:
-        """A picture of the source's size for a processor without pixels; of a file, the header is read once."""
-        if not isinstance(source, str) or len(source) > LONGEST_NAME:
-            return blank(*image_size(source))
-        if source not in self._looked_at:
-            self._looked_at[source] = image_size(source)
-        return blank(*self._looked_at[source])
+        """A picture of the source's size, for a processor without pixels."""
+        return blank(*self.album.size(source))
 
     def _known_features(self, rows: Sequence[Row]) -> list[Tensor] | None:
         """The features of all pictures of the rows, in order; None where one is missing."""
         if self.features is None:
             return None
-        keys = [self.fingerprint(source) for row in rows for source in pictures(row)]
+        keys = [self.album.fingerprint(source) for row in rows for source in pictures(row)]
         try:
             return [self.features[key] for key in keys]
         except KeyError:

@@ -17,7 +17,7 @@ from http.client import HTTPException
 from io import BytesIO
 from os import PathLike
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
@@ -52,7 +52,8 @@ def fingerprint(source: Source) -> str:
     """32 hex digits of the picture's bytes: the same for the same file, wherever it lies. No pixel is decoded."""
     digest = hashlib.blake2b(digest_size=16)
     if isinstance(source, Image.Image):
-        digest.update(f"{source.mode} {source.size} {source.info.get('transparency')!r} {source.getpalette()!r}".encode())
+        seen = (source.mode, source.size, source.info.get("transparency"), source.getpalette(), _lies(source))
+        digest.update(repr(seen).encode())
         digest.update(source.tobytes())
         return digest.hexdigest()
     with _stream(source, None, describe_source(source)) as stream:
@@ -160,12 +161,17 @@ def _download(url: str, name: str) -> bytes:
         raise ImageError(f"{name} cannot be downloaded: {error}. Offline, use files.") from None
 
 
+def _lies(image: Image.Image) -> Any:
+    """The EXIF orientation, as far as it can be read."""
+    with suppress(Exception):  # as in _upright; and a PNG's own getexif would decode the pixels
+        return Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    return None
+
+
 def _lies_sideways(image: Image.Image) -> bool:
     if image.format == "TIFF":  # Pillow has turned its size already
         return False
-    with suppress(Exception):  # as in _upright; and a PNG's own getexif would decode the pixels
-        return Image.Image.getexif(image).get(ExifTags.Base.Orientation) in SIDEWAYS
-    return False
+    return _lies(image) in SIDEWAYS
 
 
 def _upright(image: Image.Image) -> Image.Image:

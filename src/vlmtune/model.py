@@ -348,6 +348,18 @@ def attend_by_row(model: PeftModel) -> None:
     base.set_attn_implementation({named[0]: IMPLEMENTATION} if named else IMPLEMENTATION)
 
 
+def kept_apart(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of a forward, as the model's attention can tell packed rows from each other.
+
+    Flex attention does so by their positions, and only where there is no mask.
+    https://github.com/huggingface/transformers/blob/main/src/transformers/masking_utils.py (`_preprocess_mask_arguments`)
+    """
+    config: Any = getattr(model, "module", model).config  # DistributedDataParallel hides it
+    if "segments" not in inputs or config.get_text_config()._attn_implementation != "flex_attention":
+        return inputs
+    return {name: values for name, values in inputs.items() if name != "attention_mask"}
+
+
 def positions_model(model: PeftModel) -> Any:
     """The model without its head, on the meta device and so without weights, by whose config positions are told."""
     core: Any = model.get_base_model().base_model

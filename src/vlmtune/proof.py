@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
-from vlmtune.collator import MultimodalCollator, PackingCollator
+from vlmtune.collator import MultimodalCollator, PackingCollator, pictures
 from vlmtune.families import Family
-from vlmtune.model import evaluating, on_device
+from vlmtune.model import evaluating, kept_apart, on_device
 
 Row = Mapping[str, Any]
 EXACT = 1e-4  # largest difference of hidden states, relative to their size; a row that is seen by another changes far more
 ROUNDED = 5e-2  # the same in 16 bit, where the order of sums shows
+
+
+CANNOT = (TypeError, AttributeError, ValueError, RuntimeError, KeyError, IndexError)  # what models raise at unknown inputs
 
 
 def packing_fault(model: PeftModel, collator: PackingCollator, rows: Sequence[Row]) -> str | None:
@@ -23,10 +26,15 @@ def packing_fault(model: PeftModel, collator: PackingCollator, rows: Sequence[Ro
     family = collator.collator.family
     packed, alone = collator(rows), collator.collator(rows[-1:])
     length = alone["input_ids"].shape[1]
-    with evaluating(model):
-        own = _hidden(model, family, packed)[0, -length:]
-        disturbed = _hidden(model, family, _other_words(packed, length))[0, -length:]
-        by_itself = _hidden(model, family, alone)[0]
+    try:
+        with evaluating(model):
+            own = _hidden(model, family, packed)[0, -length:]
+            disturbed = _hidden(model, family, _other_words(packed, length))[0, -length:]
+            by_itself = _hidden(model, family, alone)[0]
+    except torch.OutOfMemoryError:
+        raise
+    except CANNOT as error:
+        return f"the model cannot take packed rows ({_one_line(error)})"
     if _difference(own, disturbed) > EXACT:
         return "one row of a pack sees another"
     if _difference(own, by_itself) > (EXACT if model.dtype == torch.float32 else ROUNDED):
@@ -34,14 +42,32 @@ def packing_fault(model: PeftModel, collator: PackingCollator, rows: Sequence[Ro
     return None
 
 
-def features_fault(model: PeftModel, collator: MultimodalCollator, row: Row, features: Sequence[Tensor]) -> str | None:
-    """What is wrong when a row's pictures are given as features in place of pixels. None: nothing."""
-    with evaluating(model):
-        batch = collator([row])
-        plain = _hidden(model, collator.family, batch)
-        bare = {name: values for name, values in batch.items() if name != "pixel_values"}
-        given = {**bare, "image_features": collator.family.join_features(bare, features)}
-        kept = _hidden(model, collator.family, given)
+def features_fault(
+    model: PeftModel, collator: MultimodalCollator, row: Row, encode: Callable[[Sequence[Any]], Sequence[Tensor]]
+) -> str | None:
+    """What is wrong when a row's pictures are given as features in place of pixels. None: nothing.
+
+    Args:
+        model: on its device.
+        collator: opens the pictures.
+        row: has at least one.
+        encode: makes the features of pictures, one each.
+
+    """
+    try:
+        features = encode(pictures(row))
+        if len(features) != len(pictures(row)):
+            return "the vision tower does not give one feature for each picture"
+        with evaluating(model):
+            batch = collator([row])
+            plain = _hidden(model, collator.family, batch)
+            bare = {name: values for name, values in batch.items() if not name.startswith("pixel_")}
+            given = {**bare, "image_features": collator.family.join_features(bare, features)}
+            kept = _hidden(model, collator.family, given)
+    except torch.OutOfMemoryError:
+        raise
+    except CANNOT as error:
+        return f"the model cannot take features in place of pixels ({_one_line(error)})"
     same = _difference(plain, kept) <= (EXACT if model.dtype == torch.float32 else ROUNDED)
     return None if same else "features in place of pixels change what the model sees"
 
@@ -49,6 +75,7 @@ def features_fault(model: PeftModel, collator: MultimodalCollator, row: Row, fea
 def _hidden(model: PeftModel, family: Family, batch: Mapping[str, Any]) -> Tensor:
     """`[batch, seq, hidden]`, the states that the head gets."""
     core: Any = model.get_base_model().base_model
+    batch = kept_apart(model, dict(batch))
     inputs = family.model_inputs({name: values for name, values in on_device(batch, model).items() if name != "labels"})
     return core(**inputs, use_cache=False).last_hidden_state.float()
 
@@ -59,6 +86,10 @@ def _other_words(packed: Mapping[str, Any], length: int) -> dict[str, Any]:
     exchanged = torch.isin(ids, words)
     exchanged[:, -length:] = False
     return {**packed, "input_ids": torch.where(exchanged, words[-1], ids)}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _difference(values: Tensor, wanted: Tensor) -> float:

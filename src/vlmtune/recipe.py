@@ -52,6 +52,7 @@ NOT_FOR_TRAIN = {  # fields of SFTConfig that would contradict what vlmtune does
     "packing": "`packing`, beside `train`, says how rows are packed",
     "padding_free": "`packing`, beside `train`, says how rows are packed",
     "dataloader_drop_last": "no row is left out",
+    "auto_find_batch_size": "micro-batches are planned before training",
     "chat_template_path": "the template comes with the checkpoint or its family",
     "model_init_kwargs": "the `model` section says how the model is loaded",
     "remove_unused_columns": "the collator needs every column",

@@ -1,10 +1,11 @@
-"""TRL's SFTTrainer under a recipe. The only file that imports the trainer."""
+"""TRL's SFTTrainer under a recipe, and its configuration."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,7 @@ from vlmtune.batch import IGNORE
 from vlmtune.callbacks import PlanEpochs, Speed
 from vlmtune.errors import RecipeError
 from vlmtune.families import Family
-from vlmtune.model import compute_dtype
+from vlmtune.model import compute_dtype, kept_apart
 from vlmtune.packing import BatchPlan
 from vlmtune.recipe import Recipe
 
@@ -64,10 +65,8 @@ class Trainer(SFTTrainer):
         inputs = self._family.model_inputs(inputs)
         if not self.args.label_smoothing_factor:  # which wants all logits
             inputs = self._head.choose(inputs)
-        if "segments" in inputs and _is_flex(model):
-            del inputs["attention_mask"]  # transformers tells packed rows by their positions, where there is no mask
         try:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return super().compute_loss(model, kept_apart(model, inputs), return_outputs, num_items_in_batch)
         finally:
             self._head.positions = None
 
@@ -82,13 +81,22 @@ class Trainer(SFTTrainer):
             self.data_collator = collator
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Loads the adapter in the dtype that it is trained in: peft makes every 16-bit one float32.
+        with self._adapter_dtypes_kept():
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        with self._adapter_dtypes_kept():
+            super()._load_best_model()
+
+    @contextmanager
+    def _adapter_dtypes_kept(self) -> Generator[None]:
+        """Loads an adapter in the dtype that it is trained in: peft makes every 16-bit one float32.
 
         https://github.com/huggingface/peft/blob/main/src/peft/peft_model.py (`load_adapter`, `autocast_adapter_dtype`)
         """
         model = cast("PeftModel", self.model)
         dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-        super()._load_from_checkpoint(*args, **kwargs)
+        yield
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtypes[name])
@@ -215,8 +223,3 @@ def checkpoint_every(recipe: Recipe) -> int:
 
 def listed(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else list(value or [])
-
-
-def _is_flex(model: nn.Module) -> bool:
-    config: Any = getattr(model, "module", model).config  # DistributedDataParallel hides it
-    return config.get_text_config()._attn_implementation == "flex_attention"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,8 @@ def finetune(
     processor.chat_template = prompter.chat_template  # what is trained is what is saved, in checkpoints too
     if checkpoint is not None:
         _refuse_another_adapter(model, checkpoint)
-    split, batches, cache = _prepared(checked, config, model, split, prompter, collator)
+    with _memory_errors(lambda: "before training, with one to eight pictures or two rows at once"):
+        split, batches, cache = _prepared(checked, config, model, split, prompter, collator)
     with disk_errors(output_dir):
         if is_main_process():
             _open_output(checked, afresh=overwrite and not resume)
@@ -131,9 +133,11 @@ def _prepared(
         passes=passes(config, len(split.train)),
         processes=Processes(config.process_index, config.world_size, PartialState().wait_for_everyone, _of_the_first),
     )
-    room = psutil.virtual_memory().available // 8 // (config.dataloader_num_workers + 1) // config.world_size
-    reads = prompter.with_features(features) if features is not None else prompter.with_memory(room)
-    return split, batching(recipe, config, model, reads, split.train, lengths), cache
+    if features is None:  # decoded pictures are the next best thing; each worker of the loader keeps its own
+        available = psutil.virtual_memory().available
+        prompter.album.room = available // 8 // (config.dataloader_num_workers + 1) // config.world_size
+    reads = prompter.with_features(features) if features is not None else prompter
+    return split, batching(recipe, config, model, reads, split.train, lengths, _of_the_first), cache
 
 
 def _of_the_first(value: Any) -> Any:
@@ -244,20 +248,28 @@ def _train(trainer: Trainer, checkpoint: Path | None, rows: Rows) -> float:
     """Trains, and returns the seconds it took."""
     started = time.perf_counter()
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with _memory_errors(lambda: _where(trainer, rows)):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except VlmtuneError as error:  # a worker process of the data loader sends its traceback as text
         raise type(error)(str(error).rpartition(f"{type(error).__name__}: ")[2].strip()) from error
-    except torch.cuda.OutOfMemoryError as error:
-        raise ModelError(
-            f"the GPU's memory is full {_where(trainer, rows)}: lower packing.length or train.per_device_train_batch_size (and "
-            "raise gradient_accumulation_steps), lower images.max_pixels, or set train.gradient_checkpointing: true "
-            f"({str(error).splitlines()[0]})"
-        ) from error
     finally:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, ProgressBar):
                 callback.stop()
     return time.perf_counter() - started
+
+
+@contextmanager
+def _memory_errors(where: Callable[[], str]) -> Generator[None]:
+    """Turns a GPU's full memory into one sentence."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"the GPU's memory is full {where()}; lower packing.length or train.per_device_train_batch_size (and raise "
+            "gradient_accumulation_steps), lower images.max_pixels, or set train.gradient_checkpointing to true "
+            f"({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _where(trainer: Trainer, rows: Rows) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import transformers
 from peft import PeftModel
 from torch import Tensor
 
@@ -71,31 +72,45 @@ def keep_features(
         return None, f"off: {obstacle}" if obstacle and section.mode == "auto" else "off"
     if obstacle:
         raise RecipeError(f"`vision_cache` is {section.mode}, and {obstacle}")
-    sources = _distinct(collator, parts)
+    sources, uses = _distinct(collator, parts)
     if not sources:
         return None, "off: no row has a picture"
     directory = _directory(section, model, collator)
-    processes.wait()  # before any writes there
     on_disk = FeatureStore(directory)
-    missing = {key: source for key, source in sources.items() if key not in on_disk}
-    if section.mode == "auto" and missing and passes <= 1 and len(sources) == sum(_count(rows) for rows in parts):
+    missing = processes.agree([key for key in sources if key not in on_disk])
+    if section.mode == "auto" and missing and passes <= 1 and uses == len(sources):
         return None, "off: the run goes through the pictures once"
-    size = _size(model, collator, list(sources.values()))
-    budgets = processes.agree(_budgets(section, directory))
+
+    def encode(asked: Sequence[Any]) -> list[Tensor]:
+        return _encode(model, collator, asked)
+
+    def known(asked: Sequence[Any]) -> list[Tensor]:
+        keys = map(collator.album.fingerprint, asked)
+        return [on_disk[key] if key in on_disk else encode([source])[0] for key, source in zip(keys, asked, strict=True)]
+
+    row = next(rows[position] for rows in parts for position in range(len(rows)) if pictures(rows[position]))
+    if fault := processes.agree(features_fault(model, collator, row, known)):
+        if section.mode != "auto":
+            raise RecipeError(f"`vision_cache` is {section.mode}, and {fault}")
+        return None, f"off: {fault}"
+    size = _size(known, collator, list(sources.values()))
+    budgets = processes.agree(_budgets(section, directory, processes.world))
     place, reason = _place(section, size, budgets, all_there=not missing, world=processes.world)
     if place == "off":
         return None, reason
     store = on_disk if place == "disk" else FeatureStore()
-    wanted = missing if place == "disk" else sources
-    if fault := _fault(model, collator, parts):
-        if section.mode != "auto":
-            raise RecipeError(f"`vision_cache` is {section.mode}, and with this model {fault}")
-        return None, f"off: {fault}"
-    _fill(store, model, collator, list(wanted.items()), processes if place == "disk" else Processes())
+    if place == "memory":
+        store.add({key: on_disk[key] for key in sources if key in on_disk})
+    processes.wait()  # all have read the directory: now they may write
+    share = missing[processes.rank :: processes.world] if place == "disk" else missing
+    _fill(store, encode, {key: sources[key] for key in share})
+    processes.wait()
+    store.refresh()
+    _fill(store, encode, {key: source for key, source in sources.items() if key not in store})  # of another machine's disk
     damaged = f", {len(on_disk.damaged)} damaged files left aside" if on_disk.damaged else ""
-    known = f", {len(sources) - len(wanted)} known before" if len(wanted) < len(sources) else ""
+    before = f", {len(sources) - len(missing)} known before" if len(missing) < len(sources) else ""
     where = f" in {directory}" if place == "disk" else ""
-    return store, f"{place}: {len(sources)} pictures{known}, about {_human(size)}{where}{damaged}"
+    return store, f"{place}: {len(sources)} pictures{before}, about {_human(size)}{where}{damaged}"
 
 
 def _obstacle(lora: LoraSection, model: PeftModel, collator: MultimodalCollator) -> str | None:
@@ -117,49 +132,48 @@ def _tower(core: Any, collator: MultimodalCollator) -> list[tuple[str, Tensor]]:
     return [(name, parameter) for name, parameter in core.named_parameters() if sees.match(name)]
 
 
-def _distinct(collator: MultimodalCollator, parts: Sequence[Rows]) -> dict[str, Any]:
-    """Fingerprint → where a picture is read from, each picture once."""
+def _distinct(collator: MultimodalCollator, parts: Sequence[Rows]) -> tuple[dict[str, Any], int]:
+    """Fingerprint → where a picture is read from, each picture once; and how many there are with repetitions."""
     found: dict[str, Any] = {}
+    uses = 0
     with progress() as shown:
         task = shown.add_task("Looking through pictures", total=sum(map(len, parts)), text="")
         for rows in parts:
             for position in range(len(rows)):
                 for source in pictures(rows[position]):
-                    found.setdefault(collator.fingerprint(source), source)
+                    found.setdefault(collator.album.fingerprint(source), source)
+                    uses += 1
                 shown.advance(task)
-    return found
-
-
-def _count(rows: Rows) -> int:
-    return sum(len(pictures(rows[position])) for position in range(len(rows)))
+    return found, uses
 
 
 def _directory(section: VisionCacheSection, model: PeftModel, collator: MultimodalCollator) -> Path:
-    """A directory for this tower with these pixel settings: features of others are never found in it."""
+    """A directory for this tower with these settings: features of others are never found in it."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     root = Path(section.directory).expanduser() if section.directory else cache / "vlmtune" / "features"
     base: Any = model.get_base_model()
     config = {key: value for key, value in base.config.to_dict().items() if key not in NOT_SEEN}
-    settings = {"pixels": collator.processor.image_processor.to_dict(), "config": config, "dtype": str(base.dtype)}
+    pixels = collator.processor.image_processor.to_dict()
+    settings = {"pixels": pixels, "config": config, "dtype": str(base.dtype), "transformers": transformers.__version__}
     return root / tower_key(_tower(base.base_model, collator), settings)
 
 
-def _size(model: PeftModel, collator: MultimodalCollator, sources: Sequence[Any]) -> int:
+def _size(encode: Callable[[Sequence[Any]], list[Tensor]], collator: MultimodalCollator, sources: Sequence[Any]) -> int:
     """Bytes of the features of all pictures, told from one that is encoded and from the tokens of the others.
 
     Of more than `SAMPLED` pictures, so many are asked: each size that is new takes a call of the processor.
     """
-    per_token = _encode(model, collator, sources[:1])[0].nbytes / collator.picture_tokens(sources[0])
+    per_token = encode(sources[:1])[0].nbytes / max(collator.picture_tokens(sources[0]), 1)
     asked = spread(sources, SAMPLED)
     return round(per_token * sum(map(collator.picture_tokens, asked)) * len(sources) / len(asked))
 
 
-def _budgets(section: VisionCacheSection, directory: Path) -> dict[str, int]:
-    """Bytes that features may take in memory and on the disk."""
+def _budgets(section: VisionCacheSection, directory: Path, world: int) -> dict[str, int]:
+    """Bytes that features may take in the memory of each process and on the disk."""
     if section.budget is not None:
         return dict.fromkeys(("memory", "disk"), int(section.budget * 2**30))
     free = shutil.disk_usage(_existing(directory)).free
-    return {"memory": psutil.virtual_memory().available // 4, "disk": free // 2}
+    return {"memory": psutil.virtual_memory().available // 4 // world, "disk": free // 2}
 
 
 def _place(section: VisionCacheSection, size: int, budgets: dict[str, int], *, all_there: bool, world: int) -> tuple[str, str]:
@@ -180,31 +194,23 @@ def _place(section: VisionCacheSection, size: int, budgets: dict[str, int], *, a
     return "off", f"off: the features would take {_human(size)}, and the budget is {_human(max(budgets.values()))}"
 
 
-def _fault(model: PeftModel, collator: MultimodalCollator, parts: Sequence[Rows]) -> str | None:
-    row = next(rows[position] for rows in parts for position in range(len(rows)) if pictures(rows[position]))
-    return features_fault(model, collator, row, _encode(model, collator, pictures(row)))
-
-
-def _fill(
-    store: FeatureStore, model: PeftModel, collator: MultimodalCollator, wanted: list[tuple[str, Any]], processes: Processes
-) -> None:
-    """Encodes this process's share of the pictures that are wanted, and waits for the others'."""
-    share = wanted[processes.rank :: processes.world]
+def _fill(store: FeatureStore, encode: Callable[[Sequence[Any]], list[Tensor]], wanted: dict[str, Any]) -> None:
+    """Encodes pictures, fingerprint → where it is read from, into the store."""
+    if not wanted:
+        return
     with progress() as shown:
-        task = shown.add_task("Encoding pictures", total=len(share), text="")
+        task = shown.add_task("Encoding pictures", total=len(wanted), text="")
         pending: dict[str, Tensor] = {}
         size = 0  # bytes pending
-        for some in _in_parts(share, AT_ONCE):
-            features = _encode(model, collator, [source for _, source in some])
-            pending |= {key: feature.cpu() for (key, _), feature in zip(some, features, strict=True)}
+        for keys in _in_parts(list(wanted), AT_ONCE):
+            features = encode([wanted[key] for key in keys])
+            pending |= {key: feature.cpu() for key, feature in zip(keys, features, strict=True)}
             size += sum(feature.nbytes for feature in features)
             if size > WRITTEN_AT_ONCE:
                 store.add(pending)
                 pending, size = {}, 0
-            shown.advance(task, len(some))
+            shown.advance(task, len(keys))
         store.add(pending)
-    processes.wait()
-    store.refresh()
 
 
 def _encode(model: PeftModel, collator: MultimodalCollator, sources: Sequence[Any]) -> list[Tensor]:

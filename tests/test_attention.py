@@ -1,0 +1,110 @@
+"""Packed attention gives each row what it gets by itself, on every device and by every kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from vlmtune.attention import packed_attention
+
+ROWS = (5, 300, 1, 64, 900)  # written out in blocks, and longer than is written out
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def layer(*, causal: bool = True) -> nn.Module:
+    module = nn.Module()
+    if causal:
+        module.is_causal = True
+    module.num_key_value_groups = 2
+    return module
+
+
+def tensors(length: int, dtype: torch.dtype, device: str, keys: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    shapes = ((1, 4, length, 16), (1, 2, keys or length, 16), (1, 2, keys or length, 16))
+    query, key, value = (torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in shapes)
+    return query, key, value
+
+
+def row_by_row(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """What SDPA makes of each row in float32."""
+    parts = zip(*(tensor.detach().float().split(ROWS, dim=2) for tensor in (query, key, value)), strict=True)
+    return torch.cat([sdpa_attention_forward(layer(), *part, None, scaling=0.25)[0] for part in parts], dim=1)
+
+
+def packed(query: Tensor, key: Tensor, value: Tensor, **options: object) -> Tensor:
+    borders = torch.tensor([0, *ROWS], device=query.device).cumsum(0).int()
+    return packed_attention(
+        layer(),
+        query,
+        key,
+        value,
+        None,
+        segments=ROWS,
+        cu_seq_lens_q=borders,
+        max_length_q=max(ROWS),
+        scaling=0.25,
+        **options,  # pyright: ignore
+    )[0]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_each_row_gets_what_it_gets_by_itself(device: str, dtype: torch.dtype, close: float) -> None:
+    inputs = tensors(sum(ROWS), dtype, device)
+    assert (packed(*inputs).float() - row_by_row(*inputs)).abs().max() <= close
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_in_bfloat16_are_those_in_float32(device: str) -> None:
+    short, exact = tensors(sum(ROWS), torch.bfloat16, device), tensors(sum(ROWS), torch.float32, device)
+    packed(*short).float().square().sum().backward()
+    packed(*exact).square().sum().backward()
+    for rounded, wanted in zip(short, exact, strict=True):
+        assert rounded.grad is not None
+        assert wanted.grad is not None
+        assert (rounded.grad.float() - wanted.grad).norm() <= 3e-2 * wanted.grad.norm()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_row_does_not_hear_of_another(device: str) -> None:
+    query, key, value = tensors(sum(ROWS), torch.bfloat16, device)
+    before = packed(query, key, value)[:, ROWS[0] : ROWS[0] + ROWS[1]]
+    changed = value.detach().clone()
+    changed[:, :, : ROWS[0]] += 1
+    changed[:, :, ROWS[0] + ROWS[1] :] += 1
+    assert torch.equal(packed(query, key, changed)[:, ROWS[0] : ROWS[0] + ROWS[1]], before)
+
+
+def test_options_that_only_transformers_knows_go_to_transformers() -> None:
+    inputs = tensors(sum(ROWS), torch.bfloat16, "cpu")
+    with pytest.raises(ValueError, match="softcap"):
+        packed(*inputs, softcap=30.0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_tokens_look_at_their_own_tiles_and_those_without_at_none(device: str) -> None:
+    query, key, value = tensors(6, torch.float32, device, keys=8)  # four tiles of two patches
+    seen = packed_attention(
+        layer(causal=False),
+        query,
+        key,
+        value,
+        None,
+        segments=[4, 2],
+        sights=[(2, [(0, 1), (3, 4)]), (2, [(1, 2)]), (2, [])],
+        tiles=4,
+        scaling=0.25,
+    )[0]
+    apart = torch.tensor([0, 1, 6, 7], device=device)
+    first = sdpa_attention_forward(
+        layer(), query[:, :, :2], key[:, :, apart], value[:, :, apart], None, scaling=0.25, is_causal=False
+    )[0]
+    second = sdpa_attention_forward(
+        layer(), query[:, :, 2:4], key[:, :, 2:4], value[:, :, 2:4], None, scaling=0.25, is_causal=False
+    )[0]
+    assert torch.allclose(seen[:, :2], first, atol=1e-6)
+    assert torch.allclose(seen[:, 2:4], second, atol=1e-6)
+    assert not seen[:, 4:].any()
