@@ -106,7 +106,8 @@ def keep_features(
     _fill(store, encode, {key: sources[key] for key in share})
     processes.wait()
     store.refresh()
-    _fill(store, encode, {key: source for key, source in sources.items() if key not in store})  # of another machine's disk
+    if absent := {key: source for key, source in sources.items() if key not in store}:  # it lies on another machine's disk
+        _fill(store, encode, absent)
     damaged = f", {len(on_disk.damaged)} damaged files left aside" if on_disk.damaged else ""
     before = f", {len(sources) - len(missing)} known before" if len(missing) < len(sources) else ""
     where = f" in {directory}" if place == "disk" else ""
