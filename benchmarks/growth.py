@@ -172,7 +172,7 @@ def measure(job: Job) -> None:
     parts.wrap(vision_cache, "_distinct", "looking through pictures")
     parts.wrap(vision_cache, "_size", "telling the size of features")
     parts.wrap(
-        vision_cache, "_fill", {"memory": "encoding to memory", "disk": "encoding to disk"}.get(job.run, "encoding none")
+        vision_cache, "_complete", {"memory": "encoding to memory", "disk": "encoding to disk"}.get(job.run, "encoding none")
     )
     parts.wrap(BatchPlan, "__init__", "planning 3 epochs")
     steps = stop_after(Trainer, job.steps)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from processes import in_two_processes
 from tiny import KINDS, make_processor
 
 from vlmtune import DatasetError, MultimodalCollator, RecipeError, VlmtuneError, finetune, load_recipe
@@ -279,10 +277,7 @@ def test_one_row_is_enough(write: Write, kind: str) -> None:
 @pytest.mark.slow
 def test_fewer_rows_than_processes_are_one_sentence(write: Write, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(load_recipe(write("text", TEXTS[:1])).to_yaml())
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "-m", "vlmtune.run", str(tmp_path / "recipe.yaml")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = in_two_processes("-m", "vlmtune.run", tmp_path / "recipe.yaml")
     assert done.returncode != 0
     said = " ".join(done.stderr.split())
     assert "error: 1 rows, 8 a step, are too few for 2 processes: each needs a row in every step" in said

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields
@@ -18,6 +15,7 @@ import tiny
 import torch
 import transformers
 from PIL import Image
+from processes import in_two_processes
 from tiny import KINDS
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -551,14 +549,6 @@ finetune(sys.argv[2], resume=True)
 """
 
 
-def in_two_processes(script: Path, *arguments: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(script), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 @pytest.mark.parametrize("kind", ["qwen2_vl", *map(longer, EVERY[1:])])
 def test_two_processes_pack_like_one_and_resume_in_the_middle_of_an_epoch_exactly(
     bucketed: MakeRecipe, tmp_path: Path, kind: str
@@ -570,7 +560,8 @@ def test_two_processes_pack_like_one_and_resume_in_the_middle_of_an_epoch_exactl
         content = load_recipe(bucketed(kind, name=name, **shared)).to_yaml()
         (tmp_path / f"{name}.yaml").write_text(content)
     (tmp_path / "script.py").write_text(WHOLE_AND_STOPPED)
-    in_two_processes(tmp_path / "script.py", str(tmp_path / "whole.yaml"), str(tmp_path / "stopped.yaml"))
+    done = in_two_processes(tmp_path / "script.py", tmp_path / "whole.yaml", tmp_path / "stopped.yaml")
+    assert done.returncode == 0, done.stderr[-3000:]
     whole, resumed = (logged(tmp_path / name) for name in ("whole", "stopped"))
     assert whole == resumed
     assert [entry["loss"] for entry in whole] == pytest.approx(losses(one), rel=1e-3)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from processes import in_two_processes
 from tiny import KINDS
 
 from vlmtune import DatasetError, RecipeError, finetune, load_recipe
@@ -99,15 +97,7 @@ def test_two_processes_end_at_the_loss_of_one(recipe: MakeRecipe, tmp_path: Path
     one = finetune(recipe(kind, **settings, **{"train.output_dir": str(tmp_path / "one")}))
     two = recipe(kind, **settings, **{"train.output_dir": str(tmp_path / "two"), "train.per_device_train_batch_size": 2})
     (tmp_path / "two.yaml").write_text(load_recipe(two).to_yaml())
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-    done = subprocess.run(
-        [*command, "-m", "vlmtune.run", str(tmp_path / "two.yaml")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = in_two_processes("-m", "vlmtune.run", tmp_path / "two.yaml")
     assert done.returncode == 0, done.stderr[-2000:]
     history = json.loads((tmp_path / "two" / "history.json").read_text())["log"]
     assert [entry["loss"] for entry in history if "loss" in entry] == pytest.approx(losses(one), rel=1e-3)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -15,16 +15,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
 from PIL import Image
+from processes import in_two_processes
 from safetensors.torch import load_file, save_file
 from tiny import KINDS
 from torch import Tensor
+from transformers import AutoProcessor
 
-from vlmtune import RecipeError, finetune, load_recipe
+from vlmtune import RecipeError, finetune, load_recipe, vision_cache
 from vlmtune.collator import MultimodalCollator
 from vlmtune.console import console
+from vlmtune.data import load_data
 from vlmtune.families import Family, find_family
 from vlmtune.model import load_config, load_processor
+from vlmtune.recipe import DataSection
 from vlmtune.result import Run
 from vlmtune.trainer import Trainer
 
@@ -482,6 +488,23 @@ def test_new_pictures_are_looked_at_after_a_run_on_kept_features(recipe: MakeRec
     assert [answered.tuned for answered in known] == [answered.tuned for answered in pixels.compare().rows]
 
 
+def test_pictures_that_are_bytes_in_a_file_are_not_gathered_in_memory(
+    tmp_path: Path, checkpoint: Callable[[str], Path]
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 200, 200, 3), dtype=np.uint8)
+    rows = {"image": [Image.fromarray(noise) for noise in pixels], "q": ["?"] * 40, "a": ["!"] * 40}  # 120 kB each
+    features = Features({"image": ImageFeature(), "q": Value("string"), "a": Value("string")})
+    Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "rows.parquet"))
+    split = load_data(DataSection(source=str(tmp_path / "rows.parquet"), prompt="{q}", response="{a}", images="image"))
+    collator = MultimodalCollator(AutoProcessor.from_pretrained(checkpoint("qwen2_vl")))
+    tracemalloc.start()
+    found, uses = vision_cache._distinct(collator, [split.train])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (len(found), uses) == (40, 40)
+    assert peak < 2e6, "of 4.8 MB of pictures"
+
+
 # ---- two processes
 
 
@@ -521,15 +544,7 @@ def test_two_processes_encode_half_of_the_pictures_each_and_train_like_one(
     settings = {**EPOCHS, "train.per_device_train_batch_size": 2, "train.output_dir": str(tmp_path / "two")}
     (tmp_path / "two.yaml").write_text(load_recipe(recipe(**settings, vision_cache=on_disk(cache))).to_yaml())
     (tmp_path / "two.py").write_text(TWO)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(tmp_path / "two.py")]
-    done = subprocess.run(
-        [*command, str(tmp_path / "two.yaml"), str(tmp_path / "encoded")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = in_two_processes(tmp_path / "two.py", tmp_path / "two.yaml", tmp_path / "encoded")
     assert done.returncode == 0, done.stderr[-2000:]
     history = json.loads((tmp_path / "two" / "history.json").read_text())["log"]
     assert [entry["loss"] for entry in history if "loss" in entry] == pytest.approx(losses(one), rel=1e-3)

@@ -45,7 +45,7 @@ def packed_attention(
     """Self-attention of each row of a pack by itself, or cross-attention of each row to its own pictures.
 
     Args:
-        module: the attention layer; one without a true `is_causal` looks at pictures.
+        module: the attention layer; where `sights` are given, one without a true `is_causal` looks at pictures.
         query: `[1, heads, seq, head_dim]`.
         key: `[1, key_heads, seq, head_dim]`, or of pictures `[1, key_heads, tiles * patches, head_dim]`.
         value: like `key`.

@@ -14,7 +14,7 @@ from vlmtune.console import progress
 from vlmtune.data import Rows, Split
 from vlmtune.errors import DatasetError, ModelError, RecipeError
 from vlmtune.model import attend_by_row, positions_model
-from vlmtune.packing import BatchPlan
+from vlmtune.packing import BatchPlan, step_bounds
 from vlmtune.proof import packing_fault
 from vlmtune.recipe import Recipe
 
@@ -114,14 +114,9 @@ def rows_per_step(config: SFTConfig) -> int:
 
 def passes(config: SFTConfig, rows: int) -> float:
     """How often a run goes through its rows."""
-    steps = math.ceil(rows / rows_per_step(config))
-    return config.max_steps / steps if config.max_steps > 0 else config.num_train_epochs
-
-
-def _epochs(config: SFTConfig, rows: int) -> int:
-    """How many epochs a run may begin, rather one too many: a plan may join an epoch's last rows to the step before."""
-    steps = max(rows // rows_per_step(config), 1)
-    return math.ceil(config.max_steps / steps if config.max_steps > 0 else config.num_train_epochs)
+    if config.max_steps <= 0:
+        return config.num_train_epochs
+    return config.max_steps / (len(step_bounds(rows, rows_per_step(config), config.world_size)) - 1)
 
 
 def _plan(config: SFTConfig, lengths: Sequence[int], *, max_tokens: int, packed: bool) -> BatchPlan:
@@ -130,7 +125,7 @@ def _plan(config: SFTConfig, lengths: Sequence[int], *, max_tokens: int, packed:
         rows_per_step=rows_per_step(config),
         max_tokens=max_tokens,
         packed=packed,
-        epochs=_epochs(config, len(lengths)),
+        epochs=math.ceil(passes(config, len(lengths))),
         seed=config.seed if config.data_seed is None else config.data_seed,
         shuffle=config.train_sampling_strategy == "random",
         rank=config.process_index,

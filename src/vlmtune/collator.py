@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlmtune.album import Album
 from vlmtune.batch import end_at_stop_token, make_labels
-from vlmtune.errors import DatasetError, ImageError, ModelError
+from vlmtune.errors import DatasetError, ImageError, ModelError, one_line
 from vlmtune.escape import Escape
 from vlmtune.families import Family, find_family
 from vlmtune.families.text import PLAIN
@@ -160,10 +160,9 @@ class MultimodalCollator:
             try:
                 self._process([conversation], **options)
             except Exception as own:
-                reason = " ".join(str(own).split()) or type(own).__name__
                 sizes = ", ".join(_picture_sizes(conversation))
                 seen = f" (its pictures have {sizes} pixels)" if sizes else ""
-                return DatasetError(f"{_name(row, place)}: the model's processor refuses it{seen}: {reason}")
+                return DatasetError(f"{_name(row, place)}: the model's processor refuses it{seen}: {one_line(own)}")
         return error
 
     def _process(

@@ -34,3 +34,9 @@ class ModelError(VlmtuneError):
 
 class OutputError(VlmtuneError):
     """A directory that cannot be written: it is not empty, or the disk is full."""
+
+
+def one_line(error: BaseException) -> str:
+    """The error's text in one line, cut where a list of everything there is begins to fill the screen."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 400 else f"{text[:400]}…"

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from vlmtune.attention import IMPLEMENTATION
-from vlmtune.errors import ModelError, RecipeError
+from vlmtune.errors import ModelError, RecipeError, one_line
 from vlmtune.families import Family, find_family
 from vlmtune.plugins import did_you_mean
 from vlmtune.recipe import LoraSection, ModelSection, Recipe
@@ -79,7 +79,7 @@ def read_processor(section: ModelSection, family: Family, directory: Path | None
     try:
         processor: Processor = auto.from_pretrained(directory or section.name, **_origin(section, directory))
     except Exception as error:  # tokenizers raises the bare class, transformers a handful
-        raise ModelError(f"{directory or section.name} has no usable {kind}: {_one_line(error)}") from error
+        raise ModelError(f"{directory or section.name} has no usable {kind}: {one_line(error)}") from error
     if family.takes_images and not hasattr(processor, "image_processor"):
         raise ModelError(
             f"{directory or section.name} has no processor, only a {type(processor).__name__}: put the checkpoint's "
@@ -101,7 +101,7 @@ def load_config(section: ModelSection) -> Any:
         return AutoConfig.from_pretrained(section.name, **_origin(section))
     except (OSError, ValueError, KeyError) as error:
         what = "directory" if Path(section.name).exists() else "hub id or directory"
-        raise ModelError(f"model {section.name}: no checkpoint to be found in this {what}: {_one_line(error)}") from error
+        raise ModelError(f"model {section.name}: no checkpoint to be found in this {what}: {one_line(error)}") from error
 
 
 def load_base(section: ModelSection, family: Family, *, use_cpu: bool = False) -> PreTrainedModel:
@@ -130,7 +130,7 @@ def read_model(section: ModelSection, family: Family, directory: Path | None = N
     try:
         model = auto.from_pretrained(directory or section.name, **_origin(section, directory), **options)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"model {directory or section.name} cannot be loaded: {_one_line(error)}") from error
+        raise ModelError(f"model {directory or section.name} cannot be loaded: {one_line(error)}") from error
     try:
         model.generation_config.validate(strict=True)
     except ValueError:  # a temperature without do_sample: older checkpoints have it, and transformers refuses to save it
@@ -372,9 +372,3 @@ def positions_model(model: PeftModel) -> Any:
 def _origin(section: ModelSection, directory: Path | None = None) -> dict[str, Any]:
     revision = {} if directory else {"revision": section.revision or "main"}
     return {"trust_remote_code": section.trust_remote_code, **revision}
-
-
-def _one_line(error: BaseException) -> str:
-    """The error's text in one line, cut where a list of everything there is begins to fill the screen."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 400 else f"{text[:400]}…"

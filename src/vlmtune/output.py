@@ -89,7 +89,7 @@ def disk_errors(directory: Path) -> Generator[None]:
         number = getattr(error, "errno", None)
         full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "file write failed" in text
         if full:
-            free = shutil.disk_usage(_existing(directory)).free / 2**20
+            free = shutil.disk_usage(existing(directory)).free / 2**20
             then = "resume" if last_checkpoint(directory) else "start again"
             raise OutputError(
                 f"the disk is full while writing {directory} ({free:.0f} MiB free): make room and {then}"
@@ -128,7 +128,8 @@ def _is_json(path: Path) -> bool:
     return True
 
 
-def _existing(directory: Path) -> Path:
+def existing(directory: Path) -> Path:
+    """The directory, or the nearest above it that is there."""
     return next(path for path in (directory, *directory.absolute().parents) if path.exists())
 
 

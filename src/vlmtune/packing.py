@@ -67,9 +67,7 @@ class BatchPlan(BatchRebalanceSampler):  # by this class alone the trainer knows
         self.epoch = 0
         self._opening = 0  # the step that trades places with the first of epoch 0
         self._check()
-        self._bounds = [*range(0, len(self.lengths), rows_per_step), len(self.lengths)]
-        if len(self._bounds) > 2 and self._bounds[-1] - self._bounds[-2] < world:
-            del self._bounds[-2]
+        self._bounds = step_bounds(len(self.lengths), rows_per_step, world)
         planned = range(epochs if shuffle else 1)
         self.micro_batches = max(self._needed(rows) for epoch in planned for rows in self._rows(epoch))
         costs = [self._tokens(step[0][0]) for step in self._steps(0)]
@@ -144,6 +142,14 @@ class BatchPlan(BatchRebalanceSampler):  # by this class alone the trainer knows
     def _tokens(self, group: Group) -> int:
         lengths = [self.lengths[row] for row in group]
         return sum(lengths) if self.packed else len(lengths) * max(lengths)
+
+
+def step_bounds(rows: int, rows_per_step: int, world: int) -> list[int]:
+    """Where an epoch's steps begin and the last one ends; rows that do not give one to each process join the step before."""
+    bounds = [*range(0, rows, rows_per_step), rows]
+    if len(bounds) > 2 and bounds[-1] - bounds[-2] < world:
+        del bounds[-2]
+    return bounds
 
 
 def best_fit(rows: Group, lengths: Sequence[int], budget: int) -> list[Group]:

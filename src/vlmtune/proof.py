@@ -10,23 +10,22 @@ from peft import PeftModel
 from torch import Tensor
 
 from vlmtune.collator import MultimodalCollator, PackingCollator, pictures
+from vlmtune.errors import one_line
 from vlmtune.families import Family
 from vlmtune.model import evaluating, kept_apart, on_device
 
 Row = Mapping[str, Any]
 EXACT = 1e-4  # largest difference of hidden states, relative to their size; a row that is seen by another changes far more
 ROUNDED = 5e-2  # the same in 16 bit, where the order of sums shows
-
-
 CANNOT = (TypeError, AttributeError, ValueError, RuntimeError, KeyError, IndexError)  # what models raise at unknown inputs
 
 
 def packing_fault(model: PeftModel, collator: PackingCollator, rows: Sequence[Row]) -> str | None:
     """What is wrong when these rows are packed: the last one sees another, or comes out other than by itself. None: nothing."""
-    family = collator.collator.family
-    packed, alone = collator(rows), collator.collator(rows[-1:])
+    family, alone = collator.collator.family, collator.collator(rows[-1:])
     length = alone["input_ids"].shape[1]
     try:
+        packed = collator(rows)
         with evaluating(model):
             own = _hidden(model, family, packed)[0, -length:]
             disturbed = _hidden(model, family, _other_words(packed, length))[0, -length:]
@@ -34,12 +33,10 @@ def packing_fault(model: PeftModel, collator: PackingCollator, rows: Sequence[Ro
     except torch.OutOfMemoryError:
         raise
     except CANNOT as error:
-        return f"the model cannot take packed rows ({_one_line(error)})"
+        return f"the model cannot take packed rows ({one_line(error)})"
     if _difference(own, disturbed) > EXACT:
         return "one row of a pack sees another"
-    if _difference(own, by_itself) > (EXACT if model.dtype == torch.float32 else ROUNDED):
-        return "a packed row comes out other than by itself"
-    return None
+    return "a packed row comes out other than by itself" if _differ(model, own, by_itself) else None
 
 
 def features_fault(
@@ -67,9 +64,8 @@ def features_fault(
     except torch.OutOfMemoryError:
         raise
     except CANNOT as error:
-        return f"the model cannot take features in place of pixels ({_one_line(error)})"
-    same = _difference(plain, kept) <= (EXACT if model.dtype == torch.float32 else ROUNDED)
-    return None if same else "features in place of pixels change what the model sees"
+        return f"the model cannot take features in place of pixels ({one_line(error)})"
+    return "features in place of pixels change what the model sees" if _differ(model, kept, plain) else None
 
 
 def _hidden(model: PeftModel, family: Family, batch: Mapping[str, Any]) -> Tensor:
@@ -88,8 +84,9 @@ def _other_words(packed: Mapping[str, Any], length: int) -> dict[str, Any]:
     return {**packed, "input_ids": torch.where(exchanged, words[-1], ids)}
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def _differ(model: PeftModel, values: Tensor, wanted: Tensor) -> bool:
+    """Whether they differ by more than the model's rounding."""
+    return _difference(values, wanted) > (EXACT if model.dtype == torch.float32 else ROUNDED)
 
 
 def _difference(values: Tensor, wanted: Tensor) -> float:

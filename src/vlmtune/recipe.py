@@ -125,7 +125,8 @@ class SwitchedSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _short_form(cls, value: Any) -> Any:
-        value = value if isinstance(value, dict) else {"mode": value} if isinstance(value, str | bool) else value
+        if isinstance(value, str | bool):
+            value = {"mode": value}
         if isinstance(value, dict) and isinstance(value.get("mode"), bool):  # `off` is false to YAML
             return {**value, "mode": "auto" if value["mode"] else "off"}
         return value

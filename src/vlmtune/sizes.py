@@ -67,7 +67,8 @@ class TokenCounter:
         seen = [_pictures(messages) for messages in conversations]
         order = sorted(range(len(seen)), key=lambda row: not seen[row])  # Mllama's processor wants pictures first
         counts = self._count([conversations[row] for row in order], [seen[row] for row in order], chat_template)
-        return [counts[order.index(row)] for row in range(len(seen))]
+        by_row = dict(zip(order, counts, strict=True))
+        return [by_row[row] for row in range(len(seen))]
 
     def _count(self, conversations: Sequence[Any], seen: Sequence[int], chat_template: str) -> list[int]:
         self._left_out.clear()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import psutil
 import transformers
@@ -20,11 +20,13 @@ from vlmtune.data import Rows, spread
 from vlmtune.errors import RecipeError
 from vlmtune.features import FeatureStore, tower_key
 from vlmtune.model import evaluating, on_device
+from vlmtune.output import existing
 from vlmtune.proof import features_fault
 from vlmtune.recipe import LoraSection, VisionCacheSection
 
 NOT_SEEN = {"_name_or_path", "transformers_version", "quantization_config"}  # what of a config does not touch the tower
 AT_ONCE = 8  # pictures in one call of the tower
+Place: TypeAlias = tuple[Rows, int, int]  # where a picture stands: position of its row, its number in there
 SAMPLED = 1000  # pictures
 WRITTEN_AT_ONCE = 64 * 2**20  # bytes of features in a file
 
@@ -72,46 +74,51 @@ def keep_features(
         return None, f"off: {obstacle}" if obstacle and section.mode == "auto" else "off"
     if obstacle:
         raise RecipeError(f"`vision_cache` is {section.mode}, and {obstacle}")
-    sources, uses = _distinct(collator, parts)
-    if not sources:
+    found, uses = _distinct(collator, parts)
+    if not found:
         return None, "off: no row has a picture"
     directory = _directory(section, model, collator)
     on_disk = FeatureStore(directory)
-    missing = processes.agree([key for key in sources if key not in on_disk])
-    if section.mode == "auto" and missing and passes <= 1 and uses == len(sources):
+    missing = processes.agree([key for key in found if key not in on_disk])
+    if section.mode == "auto" and missing and passes <= 1 and uses == len(found):
         return None, "off: the run goes through the pictures once"
-
-    def encode(asked: Sequence[Any]) -> list[Tensor]:
-        return _encode(model, collator, asked)
-
-    def known(asked: Sequence[Any]) -> list[Tensor]:
-        keys = map(collator.album.fingerprint, asked)
-        return [on_disk[key] if key in on_disk else encode([source])[0] for key, source in zip(keys, asked, strict=True)]
-
-    row = next(rows[position] for rows in parts for position in range(len(rows)) if pictures(rows[position]))
-    if fault := processes.agree(features_fault(model, collator, row, known)):
+    tower = _Tower(model, collator, on_disk)
+    rows, position, _ = next(iter(found.values()))
+    if fault := processes.agree(features_fault(model, collator, rows[position], tower.known)):
         if section.mode != "auto":
             raise RecipeError(f"`vision_cache` is {section.mode}, and {fault}")
         return None, f"off: {fault}"
-    size = _size(known, collator, list(sources.values()))
+    size = _size(tower, [*found.values()])
     budgets = processes.agree(_budgets(section, directory, processes.world))
     place, reason = _place(section, size, budgets, all_there=not missing, world=processes.world)
     if place == "off":
         return None, reason
     store = on_disk if place == "disk" else FeatureStore()
-    if place == "memory":
-        store.add({key: on_disk[key] for key in sources if key in on_disk})
-    processes.wait()  # all have read the directory: now they may write
-    share = missing[processes.rank :: processes.world] if place == "disk" else missing
-    _fill(store, encode, {key: sources[key] for key in share})
-    processes.wait()
-    store.refresh()
-    if absent := {key: source for key, source in sources.items() if key not in store}:  # it lies on another machine's disk
-        _fill(store, encode, absent)
+    _complete(store, tower, found, missing, processes)
     damaged = f", {len(on_disk.damaged)} damaged files left aside" if on_disk.damaged else ""
-    before = f", {len(sources) - len(missing)} known before" if len(missing) < len(sources) else ""
+    before = f", {len(found) - len(missing)} known before" if len(missing) < len(found) else ""
     where = f" in {directory}" if place == "disk" else ""
-    return store, f"{place}: {len(sources)} pictures{before}, about {_human(size)}{where}{damaged}"
+    return store, f"{place}: {len(found)} pictures{before}, about {_human(size)}{where}{damaged}"
+
+
+class _Tower:
+    """What sees, and what it has made of pictures before."""
+
+    def __init__(self, model: PeftModel, collator: MultimodalCollator, kept: FeatureStore) -> None:
+        self.collator, self.kept = collator, kept
+        self._model = model
+
+    def encode(self, sources: Sequence[Any]) -> list[Tensor]:
+        core: Any = self._model.get_base_model().base_model
+        with evaluating(self._model):
+            return self.collator.family.encode(core, on_device(self.collator.pictures(sources), self._model))
+
+    def known(self, sources: Sequence[Any]) -> list[Tensor]:
+        """As `encode`, and those that are kept are read."""
+        keys = map(self.collator.album.fingerprint, sources)
+        return [
+            self.kept[key] if key in self.kept else self.encode([source])[0] for key, source in zip(keys, sources, strict=True)
+        ]
 
 
 def _obstacle(lora: LoraSection, model: PeftModel, collator: MultimodalCollator) -> str | None:
@@ -133,19 +140,27 @@ def _tower(core: Any, collator: MultimodalCollator) -> list[tuple[str, Tensor]]:
     return [(name, parameter) for name, parameter in core.named_parameters() if sees.match(name)]
 
 
-def _distinct(collator: MultimodalCollator, parts: Sequence[Rows]) -> tuple[dict[str, Any], int]:
-    """Fingerprint → where a picture is read from, each picture once; and how many there are with repetitions."""
-    found: dict[str, Any] = {}
+def _distinct(collator: MultimodalCollator, parts: Sequence[Rows]) -> tuple[dict[str, Place], int]:
+    """Fingerprint → where a picture stands, each once; and how many there are with repetitions.
+
+    Not the pictures themselves: in rows of a Parquet file they are bytes, which would all come into memory.
+    """
+    found: dict[str, Place] = {}
     uses = 0
     with progress() as shown:
         task = shown.add_task("Looking through pictures", total=sum(map(len, parts)), text="")
         for rows in parts:
             for position in range(len(rows)):
-                for source in pictures(rows[position]):
-                    found.setdefault(collator.album.fingerprint(source), source)
+                for number, source in enumerate(pictures(rows[position])):
+                    found.setdefault(collator.album.fingerprint(source), (rows, position, number))
                     uses += 1
                 shown.advance(task)
     return found, uses
+
+
+def _source(place: Place) -> Any:
+    rows, position, number = place
+    return pictures(rows[position])[number]
 
 
 def _directory(section: VisionCacheSection, model: PeftModel, collator: MultimodalCollator) -> Path:
@@ -159,21 +174,22 @@ def _directory(section: VisionCacheSection, model: PeftModel, collator: Multimod
     return root / tower_key(_tower(base.base_model, collator), settings)
 
 
-def _size(encode: Callable[[Sequence[Any]], list[Tensor]], collator: MultimodalCollator, sources: Sequence[Any]) -> int:
-    """Bytes of the features of all pictures, told from one that is encoded and from the tokens of the others.
+def _size(tower: _Tower, places: Sequence[Place]) -> int:
+    """Bytes of the features of all pictures, told from one that is known and from the tokens of the others.
 
     Of more than `SAMPLED` pictures, so many are asked: each size that is new takes a call of the processor.
     """
-    per_token = encode(sources[:1])[0].nbytes / max(collator.picture_tokens(sources[0]), 1)
-    asked = spread(sources, SAMPLED)
-    return round(per_token * sum(map(collator.picture_tokens, asked)) * len(sources) / len(asked))
+    first = _source(places[0])
+    per_token = tower.known([first])[0].nbytes / max(tower.collator.picture_tokens(first), 1)
+    asked = spread(places, SAMPLED)
+    return round(per_token * sum(tower.collator.picture_tokens(_source(place)) for place in asked) * len(places) / len(asked))
 
 
 def _budgets(section: VisionCacheSection, directory: Path, world: int) -> dict[str, int]:
     """Bytes that features may take in the memory of each process and on the disk."""
     if section.budget is not None:
         return dict.fromkeys(("memory", "disk"), int(section.budget * 2**30))
-    free = shutil.disk_usage(_existing(directory)).free
+    free = shutil.disk_usage(existing(directory)).free
     return {"memory": psutil.virtual_memory().available // 4 // world, "disk": free // 2}
 
 
@@ -195,37 +211,37 @@ def _place(section: VisionCacheSection, size: int, budgets: dict[str, int], *, a
     return "off", f"off: the features would take {_human(size)}, and the budget is {_human(max(budgets.values()))}"
 
 
-def _fill(store: FeatureStore, encode: Callable[[Sequence[Any]], list[Tensor]], wanted: dict[str, Any]) -> None:
-    """Encodes pictures, fingerprint → where it is read from, into the store."""
-    if not wanted:
+def _complete(
+    store: FeatureStore, tower: _Tower, found: Mapping[str, Place], missing: Sequence[str], processes: Processes
+) -> None:
+    """Brings all pictures' features into the store: on the disk each process encodes a share, in memory each has all."""
+    on_disk = store is tower.kept
+    if not on_disk:
+        store.add({key: tower.kept[key] for key in found if key in tower.kept})
+    processes.wait()  # all have read the directory: now they may write
+    _fill(store, tower, found, missing[processes.rank :: processes.world] if on_disk else missing)
+    processes.wait()
+    store.refresh()
+    _fill(store, tower, found, [key for key in found if key not in store])  # they lie on another machine's disk
+
+
+def _fill(store: FeatureStore, tower: _Tower, found: Mapping[str, Place], keys: Sequence[str]) -> None:
+    if not keys:
         return
     with progress() as shown:
-        task = shown.add_task("Encoding pictures", total=len(wanted), text="")
+        task = shown.add_task("Encoding pictures", total=len(keys), text="")
         pending: dict[str, Tensor] = {}
         size = 0  # bytes pending
-        for keys in _in_parts(list(wanted), AT_ONCE):
-            features = encode([wanted[key] for key in keys])
-            pending |= {key: feature.cpu() for key, feature in zip(keys, features, strict=True)}
+        for start in range(0, len(keys), AT_ONCE):
+            some = keys[start : start + AT_ONCE]
+            features = tower.encode([_source(found[key]) for key in some])
+            pending |= {key: feature.cpu() for key, feature in zip(some, features, strict=True)}
             size += sum(feature.nbytes for feature in features)
             if size > WRITTEN_AT_ONCE:
                 store.add(pending)
                 pending, size = {}, 0
-            shown.advance(task, len(keys))
+            shown.advance(task, len(some))
         store.add(pending)
-
-
-def _encode(model: PeftModel, collator: MultimodalCollator, sources: Sequence[Any]) -> list[Tensor]:
-    core: Any = model.get_base_model().base_model
-    with evaluating(model):
-        return collator.family.encode(core, on_device(collator.pictures(sources), model))
-
-
-def _in_parts(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def _existing(directory: Path) -> Path:
-    return next(path for path in (directory, *directory.absolute().parents) if path.exists())
 
 
 def _human(size: float) -> str:
