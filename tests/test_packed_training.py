@@ -291,6 +291,15 @@ def test_nothing_is_wrong_with_packs_of_the_families_we_have(load: Load, kind: s
         assert packing_fault(loaded.model, PackingCollator(loaded.padded[False], positions_model(loaded.model)), pair) is None
 
 
+@pytest.mark.slow  # flex attention is compiled
+def test_flex_attention_keeps_packed_rows_apart(load: Load) -> None:
+    loaded = load("text", **{"model.attention": "flex_attention"})
+    attend_by_row(loaded.model)
+    assert loaded.model.config._attn_implementation == "flex_attention"
+    packing = PackingCollator(loaded.padded[False], positions_model(loaded.model))
+    assert packing_fault(loaded.model, packing, without_pictures(MIXED)[:2]) is None
+
+
 def test_rows_of_mllama_with_and_without_pictures_are_packed(bucketed: MakeRecipe, tmp_path: Path) -> None:
     settings = bucketed("mllama", name="run")
     lines = (tmp_path / "rows" / "rows.jsonl").read_text().splitlines()
