@@ -439,7 +439,7 @@ from dataclasses import fields
 from vlmtune import finetune, vision_cache
 from vlmtune.families import find_family
 
-vision_cache.AT_ONCE = vision_cache.WRITTEN_AT_ONCE = 1  # every picture is a file
+vision_cache.WRITTEN_AT_ONCE = 1  # every picture is a file
 own, encoded = find_family("qwen2_vl"), []
 
 class Mortal(type(own)):
@@ -449,7 +449,7 @@ class Mortal(type(own)):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().encode(core, batch)
 
-finetune(sys.argv[1], family=Mortal(**{entry.name: getattr(own, entry.name) for entry in fields(own)}))
+finetune(sys.argv[1], family=Mortal(**{**{entry.name: getattr(own, entry.name) for entry in fields(own)}, "pictures_at_once": 1}))
 """
 
 

@@ -6,9 +6,9 @@ https://huggingface.co/docs/transformers/attention_interface
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,20 @@ SHORT = 768  # tokens of a row whose scores a CPU has room for: 33 MB in a layer
 BLOCK = 256  # tokens whose scores fit its cache
 SPECIAL = ("dropout", "softcap", "s_aux", "position_bias")  # options that only transformers' own functions know
 Sight: TypeAlias = tuple[int, Sequence[tuple[int, int]]]  # so many tokens see the tiles from the one to the other
+Kernel: TypeAlias = Literal["varlen", "written out", "sdpa"]
+
+
+def kernel_for(query: Tensor) -> Kernel:
+    """The fastest that this tensor's device has for rows of a pack: one call for all of them, products of matrices, or SDPA."""
+    if query.is_cuda and takes_varlen(query) and torch.cuda.get_device_capability(query.device) >= (8, 0):
+        return "varlen"
+    return "written out" if query.device.type == "cpu" and query.dtype == torch.bfloat16 else "sdpa"
+
+
+def takes_varlen(query: Tensor) -> bool:
+    """Whether torch's own FlashAttention, of Ampere cards and newer, takes rows like these."""
+    half, width = query.dtype in (torch.float16, torch.bfloat16), query.shape[-1]
+    return varlen_attn is not None and half and width <= 256 and width % 8 == 0
 
 
 def packed_attention(
@@ -40,6 +54,7 @@ def packed_attention(
     tiles: int = 0,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int = 0,
+    kernel: Callable[[Tensor], Kernel] = kernel_for,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Self-attention of each row of a pack by itself, or cross-attention of each row to its own pictures.
@@ -55,6 +70,7 @@ def packed_attention(
         tiles: of all pictures in the pack.
         cu_seq_lens_q: `[rows + 1]`, int32, the rows' borders, for kernels that take them.
         max_length_q: the longest row.
+        kernel: what to compute self-attention with.
         options: `dropout`, `scaling` and what else transformers passes on.
 
     Returns:
@@ -66,17 +82,17 @@ def packed_attention(
     if sights is not None and not getattr(module, "is_causal", False):
         return _look(module, query, key, value, sights, key.shape[2] // max(tiles, 1), options), None
     plain = attention_mask is None and not any(options.get(name) for name in SPECIAL)
-    if plain and _has_varlen(query):
+    chosen = kernel(query) if plain else "sdpa"
+    if chosen == "varlen":
         assert cu_seq_lens_q is not None
         return _varlen(query, key, value, cu_seq_lens_q, max_length_q, options), None
-    by_hand = plain and query.device.type == "cpu" and query.dtype == torch.bfloat16
     outputs: list[Tensor] = []
     start = 0
     for length in segments:
         stop = start + length
         mask = attention_mask[..., start:stop, start:stop] if attention_mask is not None else None
         asked, keys, values = (tensor[:, :, start:stop] for tensor in (query, key, value))
-        if by_hand and length <= SHORT:
+        if chosen == "written out" and length <= SHORT:
             outputs.append(_written_out(asked, keys, values, options.get("scaling") or query.shape[-1] ** -0.5))
         else:
             outputs.append(sdpa_attention_forward(module, asked, keys, values, mask, **options)[0])
@@ -121,18 +137,6 @@ def _look(
         all_of_them: dict[str, Any] = {**options, "is_causal": False}
         outputs.append(sdpa_attention_forward(module, asked, keys, values, None, **all_of_them)[0])
     return torch.cat(outputs, dim=1)
-
-
-def _has_varlen(query: Tensor) -> bool:
-    """Whether torch's own FlashAttention takes these: Ampere or newer, 16 bit."""
-    return (
-        varlen_attn is not None
-        and query.is_cuda
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and query.shape[-1] <= 256
-        and query.shape[-1] % 8 == 0
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    )
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int, options: dict[str, Any]) -> Tensor:

@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from vlmtune.collator import MultimodalCollator, PackingCollator, pictures
 from vlmtune.console import progress
-from vlmtune.data import Rows, Split
+from vlmtune.data import Rows, Split, find_bad_rows, load_data
 from vlmtune.errors import DatasetError, ModelError, RecipeError
 from vlmtune.model import attend_by_row, positions_model
 from vlmtune.packing import BatchPlan, step_bounds
@@ -35,6 +35,29 @@ class Batching:
     padded: Collator  # of evaluations
     plan: BatchPlan | None  # None: the trainer's own batches
     packing: str  # what was decided, and why, in a few words
+
+
+def usable_rows(recipe: Recipe, seed: int, *, check_images: bool) -> Split:
+    """The recipe's rows that can be formatted, and with `check_images` whose pictures can be decoded.
+
+    Raises:
+        DatasetError: there are others, and the recipe does not say to drop them.
+
+    """
+
+    def bad(rows: Rows) -> dict[int, str]:
+        return find_bad_rows(rows, check_images=check_images)
+
+    split = load_data(recipe.data, seed=seed)
+    return split.without(bad, policy=recipe.on_bad_row, hint="set `on_bad_row: drop` to go on without them")
+
+
+def longest_row(recipe: Recipe, config: Any) -> int | None:
+    """Tokens of the longest row: the recipe's limit, and never more than a model of this config has positions for."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    pack = recipe.packing.length if recipe.packing.mode != "off" else None
+    limits = [limit for limit in (recipe.train.get("max_length"), pack, positions) if limit]
+    return min(limits) if limits else None
 
 
 def counted_rows(recipe: Recipe, split: Split, collator: MultimodalCollator) -> tuple[Split, list[int]]:
@@ -86,14 +109,33 @@ def batching(
     if obstacle and recipe.packing.length:
         raise RecipeError(f"`packing.length` is {recipe.packing.length}, and {obstacle}")
     packed = recipe.packing.mode != "off" and not obstacle
-    budget = (packed and recipe.packing.length) or config.per_device_train_batch_size * max(lengths)
-    try:
-        plan = _plan(config, lengths, max_tokens=budget, packed=packed)
-    except ValueError as error:
-        raise DatasetError(str(error)) from error
+    plan = micro_batches(recipe, config, lengths, packed=packed)
     if packed:
         return Batching(packing, collator, plan, f"on: no padding, at most {plan.largest:,} tokens a micro-batch")
     return Batching(collator, collator, plan, f"off: {obstacle}" if obstacle else "off")
+
+
+def micro_batches(recipe: Recipe, config: SFTConfig, lengths: Sequence[int], *, packed: bool) -> BatchPlan:
+    """The plan of all epochs: micro-batches of as many tokens as the padded ones have at most, or as `packing.length` says.
+
+    Raises:
+        DatasetError: there are fewer rows than processes.
+
+    """
+    try:
+        return BatchPlan(
+            lengths,
+            rows_per_step=rows_per_step(config),
+            max_tokens=(packed and recipe.packing.length) or config.per_device_train_batch_size * max(lengths),
+            packed=packed,
+            epochs=math.ceil(passes(config, len(lengths))),
+            seed=config.seed if config.data_seed is None else config.data_seed,
+            shuffle=config.train_sampling_strategy == "random",
+            rank=config.process_index,
+            world=config.world_size,
+        )
+    except ValueError as error:
+        raise DatasetError(str(error)) from error
 
 
 def _packing_obstacle(model: PeftModel, packing: PackingCollator, rows: Rows, lengths: Sequence[int]) -> str:
@@ -117,20 +159,6 @@ def passes(config: SFTConfig, rows: int) -> float:
     if config.max_steps <= 0:
         return config.num_train_epochs
     return config.max_steps / (len(step_bounds(rows, rows_per_step(config), config.world_size)) - 1)
-
-
-def _plan(config: SFTConfig, lengths: Sequence[int], *, max_tokens: int, packed: bool) -> BatchPlan:
-    return BatchPlan(
-        lengths,
-        rows_per_step=rows_per_step(config),
-        max_tokens=max_tokens,
-        packed=packed,
-        epochs=math.ceil(passes(config, len(lengths))),
-        seed=config.seed if config.data_seed is None else config.data_seed,
-        shuffle=config.train_sampling_strategy == "random",
-        rank=config.process_index,
-        world=config.world_size,
-    )
 
 
 def _count(rows: Rows, collator: MultimodalCollator, tokens: dict[str, int]) -> dict[int, str]:

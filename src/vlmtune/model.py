@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import bitsandbytes as bnb
 import torch
+from bitsandbytes.functional import QuantState
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
 )
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from vlmtune.attention import IMPLEMENTATION
 from vlmtune.errors import ModelError, RecipeError, one_line
@@ -61,10 +64,15 @@ def load_processor(recipe: Recipe, *, family: Family | str | None = None) -> tup
     section = recipe.model
     found = find_family(family or section.family, config=load_config(section))
     processor = read_processor(section, found)
+    bound_pixels(recipe, processor, found)
+    return processor, found
+
+
+def bound_pixels(recipe: Recipe, processor: Processor, family: Family) -> None:
+    """Gives a processor the recipe's pixel settings."""
     images = recipe.images
     if images.min_pixels or images.max_pixels:
-        found.set_pixels(processor, min_pixels=images.min_pixels, max_pixels=images.max_pixels)
-    return processor, found
+        family.set_pixels(processor, min_pixels=images.min_pixels, max_pixels=images.max_pixels)
 
 
 def read_processor(section: ModelSection, family: Family, directory: Path | None = None) -> Processor:
@@ -117,6 +125,71 @@ def load_base(section: ModelSection, family: Family, *, use_cpu: bool = False) -
     )
     keep_training_layout(model)
     return model.requires_grad_(False)
+
+
+def outline_base(section: ModelSection, family: Family, config: Any) -> PreTrainedModel:
+    """What `load_base` makes of a checkpoint with this config, on the meta device: shapes and dtypes without weights.
+
+    To be called within a `ledger.Outline`, so that integers among the buffers have values.
+    """
+    auto = AutoModelForImageTextToText if family.takes_images else AutoModelForCausalLM
+    dtype = compute_dtype(section)
+    options = {"attn_implementation": section.attention} if section.attention else {}
+    with torch.device("meta"):
+        model: PreTrainedModel = auto.from_config(copy.deepcopy(config), dtype=dtype, **options)
+    quantization = quantization_config(section, family, dtype)
+    if quantization is not None:  # as `from_pretrained` does it before and after the weights
+        quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
+        quantizer.preprocess_model(model, device_map={"": "meta"})
+        for module in model.modules():
+            if isinstance(module, bnb.nn.Linear4bit):
+                _outline_four_bit(module, dtype)
+            elif isinstance(module, bnb.nn.Linear8bitLt):
+                _outline_eight_bit(module, dtype)
+        quantizer.postprocess_model(model)
+        model.hf_quantizer = quantizer  # by which the trainer knows that adapters can be trained on it
+    keep_training_layout(model)
+    return model.requires_grad_(False)
+
+
+def _outline_four_bit(layer: bnb.nn.Linear4bit, dtype: torch.dtype) -> None:
+    """Packed weights and their statistics, quantised in their turn, as `Params4bit` has them on a device."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    size = layer.out_features * layer.in_features
+    blocks = -(-size // 64)
+    nested = QuantState(absmax=empty(-(-blocks // 256)), code=empty(256), blocksize=256, dtype=torch.float32)
+    state = QuantState(
+        absmax=torch.empty(blocks, dtype=torch.float32, device="meta").to(torch.uint8),
+        shape=torch.Size((layer.out_features, layer.in_features)),
+        dtype=dtype,
+        blocksize=64,
+        code=empty(16),
+        quant_type="nf4",
+        offset=empty(),
+        state2=nested,
+    )
+    weight = torch.empty((-(-size // 2), 1), dtype=torch.float32, device="meta").to(torch.uint8)
+    layer.weight = bnb.nn.Params4bit(
+        weight, requires_grad=False, quant_state=state, blocksize=64, quant_type="nf4", module=layer, bnb_quantized=True
+    )
+    layer.quant_state = state
+    _outline_bias(layer, dtype)
+
+
+def _outline_eight_bit(layer: bnb.nn.Linear8bitLt, dtype: torch.dtype) -> None:
+    """A byte a weight, and a number for each row."""
+    rows = torch.empty(layer.weight.shape, dtype=torch.float32, device="meta").to(torch.int8)
+    scales = torch.empty(layer.out_features, dtype=torch.float32, device="meta")
+    layer.weight = bnb.nn.Int8Params(rows, requires_grad=False, has_fp16_weights=False, CB=rows, SCB=scales)
+    _outline_bias(layer, dtype)
+
+
+def _outline_bias(layer: nn.Linear, dtype: torch.dtype) -> None:
+    if layer.bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
+        layer.bias = nn.Parameter(torch.empty(layer.out_features, dtype=dtype, device="meta"), requires_grad=False)
 
 
 def read_model(section: ModelSection, family: Family, directory: Path | None = None, **options: Any) -> PreTrainedModel:
@@ -258,8 +331,7 @@ def parameter_counts(model: nn.Module, family: Family) -> list[PartCount]:
         if id(parameter) in tied:
             continue
         tied.add(id(parameter))
-        part = "vision tower and projector" if family.sees.match(name) else "language model"
-        part = "head" if "lm_head" in name.split(".") else part
+        part = part_of(name, family)
         state = getattr(parameter, "quant_state", None)  # 4 bit: two weights a byte
         shape = state.shape if state is not None else parameter.shape
         kind = "nf4" if state is not None else str(parameter.dtype).removeprefix("torch.")
@@ -276,8 +348,15 @@ def parameter_counts(model: nn.Module, family: Family) -> list[PartCount]:
     ]
 
 
-def use_checkpointing(model: PeftModel, every_n_layers: int = 1) -> None:
-    """Recomputes the layers' activations in the backward pass instead of keeping them.
+def part_of(name: str, family: Family) -> str:
+    """Which part of a model a parameter of this name belongs to."""
+    if "lm_head" in name.split("."):
+        return "head"
+    return "vision tower and projector" if family.sees.match(name) else "language model"
+
+
+def use_checkpointing(model: PeftModel, every_n_layers: int = 1, **options: Any) -> None:
+    """Recomputes the layers' activations in the backward pass instead of keeping them; `options` of torch's checkpoint.
 
     Without the hooks that make inputs require gradients: they are for reentrant checkpointing, and on the vision tower they
     would keep its activations for gradients that nobody uses.
@@ -286,7 +365,7 @@ def use_checkpointing(model: PeftModel, every_n_layers: int = 1) -> None:
     if every_n_layers < 1:
         raise RecipeError(f"`train.gradient_checkpointing_kwargs.every_n_layers` is {every_n_layers}: it should be 1 or more")
     base: Any = model.get_base_model()
-    base.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every_n_layers)
+    base.activation_checkpointing_enable({"use_reentrant": False, **options}, every_n_layers=every_n_layers)
     base.disable_input_require_grads()
 
 

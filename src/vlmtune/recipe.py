@@ -87,6 +87,8 @@ class DataSection(Section):
     response: str | None = None
     images: str | list[str] | None = None
     max_rows: int | None = Field(default=None, gt=0)
+    image_size: list[int] | list[list[int]] | None = None  # [width, height] of each row's pictures: plans without the data
+    text_tokens: int | None = Field(default=None, gt=0)  # of each row, its pictures' not among them: plans without the data
     check_images: bool = True  # decode every picture once before the run: a broken one is found in its first minute
 
     @model_validator(mode="after")
@@ -96,6 +98,20 @@ class DataSection(Section):
         if len(given) > 1 and given != ["data.eval_source", "data.eval_split"]:
             raise _mistake(f"{' and '.join(given)} exclude each other: keep one")
         return self
+
+    @model_validator(mode="after")
+    def _sizes_are_pairs(self) -> DataSection:
+        if self.image_size is not None and self.text_tokens is None:
+            raise _mistake("data.image_size is stated without data.text_tokens: a plan without the data needs both")
+        if any(len(size) != 2 or min(size) < 1 for size in self.image_sizes):
+            raise _mistake(f"data.image_size is {self.image_size}: [width, height] in pixels is wanted, or a list of such")
+        return self
+
+    @property
+    def image_sizes(self) -> list[list[int]]:
+        """Width and height of each picture of a row, as stated."""
+        size: list[Any] = self.image_size or []
+        return size if size and isinstance(size[0], list) else [size] if size else []
 
 
 class ImagesSection(Section):
@@ -143,6 +159,13 @@ class VisionCacheSection(SwitchedSection):
     directory: str | None = None  # of the features on disk; None: vlmtune/features in the user's cache directory
 
 
+class PlanSection(SwitchedSection):
+    mode: Literal["off", "predict", "auto"] = "predict"  # predict: on a GPU, what a run needs; auto: choose what fits
+    gpu: str | None = None  # the card to plan for; None: the one that is here, else a 24 GB card
+    margin: float = Field(default=0.1, ge=0, lt=1)  # share of the card's memory that `auto` leaves free
+    smallest_max_pixels: int | None = Field(default=None, gt=0)  # `auto` may lower images.max_pixels down to this
+
+
 class EvalSection(Section):
     samples: int = Field(default=4, ge=0)  # held-out rows that are answered for the table and for TensorBoard
     max_new_tokens: int = Field(default=256, gt=0)
@@ -166,6 +189,7 @@ class Recipe(Section):
     train_on_inputs: bool = False
     packing: PackingSection = PackingSection()
     vision_cache: VisionCacheSection = VisionCacheSection()
+    plan: PlanSection = PlanSection()
     on_bad_row: Literal["raise", "drop"] = "raise"
     on_too_long: Literal["raise", "drop"] = "raise"
     eval: EvalSection = EvalSection()

@@ -24,11 +24,11 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig
 
-from vlmtune.batching import Batching, Collator, batching, counted_rows, passes
+from vlmtune.batching import Batching, Collator, batching, counted_rows, longest_row, passes, usable_rows
 from vlmtune.callbacks import HeldOutAnswers, ProgressBar
 from vlmtune.collator import MultimodalCollator
 from vlmtune.console import console, decisions, is_main_process
-from vlmtune.data import SHOWN, Rows, Split, find_bad_rows, load_data, spread
+from vlmtune.data import SHOWN, Rows, Split, spread
 from vlmtune.errors import ModelError, OutputError, RecipeError, VlmtuneError
 from vlmtune.families import Family
 from vlmtune.model import compute_dtype, load_model, match_adapter_dtype, parameter_counts, use_checkpointing
@@ -70,9 +70,9 @@ def finetune(
     if not resume and is_main_process():
         claim(output_dir, overwrite=overwrite)
     set_seed(config.seed)
-    split = _usable_rows(checked, config.seed)
+    split = usable_rows(checked, config.seed, check_images=checked.data.check_images)
     model, processor, found = load_model(checked, family=family)
-    prompter = MultimodalCollator(processor, found, checked.train_on_inputs, max_length=_longest_row(checked, model))
+    prompter = MultimodalCollator(processor, found, checked.train_on_inputs, max_length=longest_row(checked, model.config))
     processor.chat_template = prompter.chat_template  # what is trained is what is saved, in checkpoints too
     if checkpoint is not None:
         _refuse_another_adapter(model, checkpoint)
@@ -106,14 +106,6 @@ def _checkpoint(output_dir: Path) -> Path:
     if checkpoint is None:
         raise OutputError(f"there is nothing to resume: {output_dir} holds no whole checkpoint")
     return checkpoint
-
-
-def _usable_rows(recipe: Recipe, seed: int) -> Split:
-    def bad(rows: Rows) -> dict[int, str]:
-        return find_bad_rows(rows, check_images=recipe.data.check_images)
-
-    split = load_data(recipe.data, seed=seed)
-    return split.without(bad, policy=recipe.on_bad_row, hint="set `on_bad_row: drop` to go on without them")
 
 
 def _prepared(
@@ -170,14 +162,6 @@ def _refuse_another_adapter(model: PeftModel, checkpoint: Path) -> None:
         )
     if not (checkpoint / "optimizer.pt").exists():
         raise OutputError(f"checkpoint {checkpoint} has no optimizer.pt: a run with train.save_only_model cannot be resumed")
-
-
-def _longest_row(recipe: Recipe, model: Any) -> int | None:
-    """Tokens of the longest row: the recipe's limit, and never more than the model has positions for."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    pack = recipe.packing.length if recipe.packing.mode != "off" else None
-    limits = [limit for limit in (recipe.train.get("max_length"), pack, positions) if limit]
-    return min(limits) if limits else None
 
 
 def _open_output(recipe: Recipe, *, afresh: bool) -> None:

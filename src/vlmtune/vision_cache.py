@@ -25,7 +25,6 @@ from vlmtune.proof import features_fault
 from vlmtune.recipe import LoraSection, VisionCacheSection
 
 NOT_SEEN = {"_name_or_path", "transformers_version", "quantization_config"}  # what of a config does not touch the tower
-AT_ONCE = 8  # pictures in one call of the tower
 Place: TypeAlias = tuple[Rows, int, int]  # where a picture stands: position of its row, its number in there
 SAMPLED = 1000  # pictures
 WRITTEN_AT_ONCE = 64 * 2**20  # bytes of features in a file
@@ -232,8 +231,9 @@ def _fill(store: FeatureStore, tower: _Tower, found: Mapping[str, Place], keys: 
         task = shown.add_task("Encoding pictures", total=len(keys), text="")
         pending: dict[str, Tensor] = {}
         size = 0  # bytes pending
-        for start in range(0, len(keys), AT_ONCE):
-            some = keys[start : start + AT_ONCE]
+        at_once = tower.collator.family.pictures_at_once
+        for start in range(0, len(keys), at_once):
+            some = keys[start : start + at_once]
             features = tower.encode([_source(found[key]) for key in some])
             pending |= {key: feature.cpu() for key, feature in zip(some, features, strict=True)}
             size += sum(feature.nbytes for feature in features)

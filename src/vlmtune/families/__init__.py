@@ -34,6 +34,7 @@ class Family:
     language_module: str = r"(?:language_model|text_model)"  # regex of the module that reads and writes text
     frozen_modules: tuple[str, ...] = field(default=())  # regexes of the vision tower and projector: 16 bit, frozen
     takes_images: bool = True
+    pictures_at_once: int = 8  # that go through the tower together where their features are kept
 
     @property
     def sees(self) -> re.Pattern[str]:

@@ -147,4 +147,5 @@ FAMILY = Mllama(
     image_tokens=("image_token",),
     language_module="language_model",
     frozen_modules=("vision_model", "multi_modal_projector"),
+    pictures_at_once=2,  # 6404 patches each, of which it keeps what every layer makes: 1.7 GiB a picture
 )

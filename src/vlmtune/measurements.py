@@ -1,0 +1,56 @@
+"""What runs on a GPU really needed and took, beside what was predicted: kept for later plans."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vlmtune.cards import find_card
+from vlmtune.errors import RecipeError
+
+
+def card_here() -> str | None:
+    """The name of this machine's first card, by which vlmtune knows it, or its size; None where there is none."""
+    if "torch" not in sys.modules and not Path("/dev/nvidiactl").exists() and not Path("/dev/dxg").exists():
+        return None  # no driver: not worth the second that importing torch takes
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    try:
+        return find_card(name).name
+    except RecipeError:
+        return f"{round(torch.cuda.mem_get_info()[1] / 2**30)}GB"
+
+
+def measured() -> list[dict[str, Any]]:
+    """All that was kept; a line that cannot be read is left out."""
+    try:
+        lines = _file().read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    entries: list[dict[str, Any]] = []
+    for line in lines:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:  # written while the machine went down
+            continue
+    return entries
+
+
+def keep(entry: Mapping[str, Any]) -> None:
+    """Adds what a run measured."""
+    path = _file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def _file() -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "vlmtune" / "measured.jsonl"

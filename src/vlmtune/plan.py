@@ -1,0 +1,100 @@
+"""`python -m vlmtune.plan RECIPE`: what a recipe needs and takes on a card, before there is one.
+
+The plan itself is made in a process of its own (`planning`), which simulates steps; this one only asks for it and shows it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vlmtune import errors
+from vlmtune.console import command_line, console
+from vlmtune.errors import ModelError
+from vlmtune.forecast import Plan
+from vlmtune.measurements import card_here, measured
+from vlmtune.plan_report import draw, show, write_html
+from vlmtune.recipe import Recipe, parse_overrides
+
+
+def make_plan(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    *,
+    gpu: str | None = None,
+    fit: bool = False,
+    **overrides: Any,
+) -> Plan:
+    """What a recipe needs and takes on a card: no weights, no GPU, and of the hub `config.json` and the processor at most.
+
+    Args:
+        recipe: path of a YAML file, a mapping of the same shape, or a `Recipe`.
+        gpu: a card's name or a size, "L4", "24GB"; None: the recipe's `plan.gpu`, else the card that is here, else 24 GB.
+        fit: choose the fastest setting that fits; `Plan.overrides` has it.
+        overrides: values of the recipe by dotted key.
+
+    Raises:
+        VlmtuneError: a mistake in the recipe, an unknown card, no config, rows that cannot be read.
+
+    """
+    content = recipe.model_dump(mode="json") if isinstance(recipe, Recipe) else recipe
+    return _asked(content if isinstance(content, str | Path) else dict(content), overrides, gpu, fit=fit, quiet=False)
+
+
+def _asked(
+    recipe: str | Path | dict[str, Any], overrides: Mapping[str, Any], gpu: str | None, *, fit: bool, quiet: bool
+) -> Plan:
+    """The plan, from a process of its own, which reads the recipe too: that takes TRL, and so some seconds."""
+    with tempfile.TemporaryDirectory(prefix="vlmtune-plan-") as directory:
+        request, answer = Path(directory, "request.json"), Path(directory, "answer.json")
+        asked: dict[str, Any] = {"recipe": recipe, "overrides": overrides, "gpu": gpu, "here": card_here(), "fit": fit}
+        request.write_text(json.dumps({**asked, "measured": measured()}, default=str), encoding="utf-8")
+        # a GPU that is here stays out of it, and so does torchrun
+        inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        done = subprocess.run(
+            [sys.executable, "-m", "vlmtune.planning", str(request), str(answer)],
+            env={**inherited, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+            stdout=sys.stderr if quiet else None,
+            check=False,
+        )
+        if not answer.exists():
+            raise ModelError(f"the process that simulates a step ended with code {done.returncode} and without an answer")
+        found = json.loads(answer.read_text(encoding="utf-8"))
+    if "error" in found:
+        raise getattr(errors, found["error"])(found["message"])
+    return Plan.model_validate(found)
+
+
+def command(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/qwen2vl_amazon.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Other values.")] = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", help="A card, such as L4, or a size, such as 24GB.")] = None,
+    fit: Annotated[bool, typer.Option("--fit", help="Choose the fastest setting that fits.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one object.")] = False,
+    png: Annotated[Path | None, typer.Option("--png", help="Draw it there.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page there.")] = None,
+) -> None:
+    """Tell whether a recipe fits a card, how long it takes and what it costs. Ends with 0 when it fits and with 1 when not."""
+    plan = _asked(recipe, parse_overrides(overrides or []), gpu, fit=fit, quiet=as_json)
+    if as_json:
+        sys.stdout.write(plan.model_dump_json(indent=1) + "\n")
+    else:
+        show(plan)
+    for path, write in ((png, draw), (html, write_html)):
+        if path is not None:
+            write(plan, path)
+            if not as_json:
+                console.print(f"written: {path}", highlight=False)
+    if not plan.fits:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    command_line(plan=command)
