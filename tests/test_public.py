@@ -12,6 +12,7 @@ def test_the_public_names_are_these() -> None:
         "ModelError",
         "MultimodalCollator",
         "OutputError",
+        "Plan",
         "Recipe",
         "RecipeError",
         "Run",
@@ -20,6 +21,7 @@ def test_the_public_names_are_these() -> None:
         "format_messages",
         "load_model",
         "load_recipe",
+        "make_plan",
         "merge_adapter",
     ]
     for name in vlmtune.__all__:
@@ -33,12 +35,12 @@ def test_importing_vlmtune_is_quick_and_brings_no_torch() -> None:
     assert torch == "False"
 
 
-def test_messages_and_recipes_bring_no_torch() -> None:
-    code = "import sys; from vlmtune import format_messages, load_recipe, Recipe; print('torch' in sys.modules)"
+def test_messages_recipes_and_plans_bring_no_torch() -> None:
+    code = "import sys; from vlmtune import format_messages, load_recipe, make_plan, Recipe; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
 
 
 def test_the_command_lines_say_how_they_are_used() -> None:
-    for module in ("vlmtune.run", "vlmtune.merge", "vlmtune"):
+    for module in ("vlmtune.run", "vlmtune.merge", "vlmtune.plan", "vlmtune"):
         help_text = subprocess.check_output([sys.executable, "-m", module, "--help"], text=True)
         assert "Usage" in help_text

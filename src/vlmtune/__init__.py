@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from vlmtune.collator import MultimodalCollator
     from vlmtune.errors import DatasetError, ImageError, ModelError, OutputError, RecipeError, VlmtuneError
     from vlmtune.families import Family
+    from vlmtune.forecast import Plan
     from vlmtune.merge import merge_adapter
     from vlmtune.messages import format_messages
     from vlmtune.model import load_model
+    from vlmtune.plan import make_plan
     from vlmtune.recipe import Recipe, load_recipe
     from vlmtune.result import Run
     from vlmtune.training import finetune
@@ -31,6 +33,7 @@ _HOMES = {
     "ModelError": "errors",
     "MultimodalCollator": "collator",
     "OutputError": "errors",
+    "Plan": "forecast",
     "Recipe": "recipe",
     "RecipeError": "errors",
     "Run": "result",
@@ -39,6 +42,7 @@ _HOMES = {
     "format_messages": "messages",
     "load_model": "model",
     "load_recipe": "recipe",
+    "make_plan": "plan",
     "merge_adapter": "merge",
 }
 
@@ -49,6 +53,7 @@ __all__ = [
     "ModelError",
     "MultimodalCollator",
     "OutputError",
+    "Plan",
     "Recipe",
     "RecipeError",
     "Run",
@@ -57,6 +62,7 @@ __all__ = [
     "format_messages",
     "load_model",
     "load_recipe",
+    "make_plan",
     "merge_adapter",
 ]
 

@@ -159,6 +159,7 @@ def speed(
     tokens_per_step: float,
     steps_per_epoch: float,
     epochs: float,
+    slower: float = 1,
 ) -> Speed:
     """A step, an epoch and the whole run on a card: whether it fits, how long it takes and what it costs.
 
@@ -169,9 +170,10 @@ def speed(
         rows_per_step, tokens_per_step: of a typical optimiser step.
         steps_per_epoch: optimiser steps.
         epochs: of the run, which need not be whole.
+        slower: how many times as long as estimated steps took on such a card.
 
     """
-    step = None if card.tflops is None else seconds(work, card)
+    step = None if card.tflops is None else slower * seconds(work, card)
     run = None if step is None else step * steps_per_epoch * epochs
     return Speed(
         card=card.name,

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 Verdict = Literal["fits", "tight", "no"]
+FILLING = "filling the vision cache"  # a batch's name
 FITS_BELOW = 0.9  # of the card's visible memory: what a simulation cannot see has room in the rest
 
 
@@ -111,8 +112,8 @@ class Plan(Data):
     confidence: Literal["high", "medium", "low"]
     breakdown: dict[str, float]
     advice: str  # the smallest change, or the smallest card, that would make it fit; empty where it fits
-    rows: int
-    steps: int  # of the whole run
+    rows: int | None  # None: sizes are stated, and how many rows there are is not
+    steps: int | None  # of the whole run
     forecast: Forecast
     overrides: dict[str, Any]  # dotted keys that make the recipe the chosen one; empty without `fit`
     frontier: list[Forecast]  # what `fit` compared, by needed memory; empty without

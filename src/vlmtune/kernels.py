@@ -109,7 +109,7 @@ class Kernels(TorchFunctionMode):
         return nullcontext(), self
 
     def forget_casts(self) -> None:
-        """Drops what autocast keeps until it ends."""
+        """Drops the casts that autocast keeps."""
         self._cast.clear()
 
     def kernel_for(self, query: Tensor) -> Kernel:
@@ -120,7 +120,6 @@ class Kernels(TorchFunctionMode):
 
     def _autocast(self, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if not torch.is_autocast_enabled("cpu"):
-            self._cast.clear()
             return args, kwargs
         if func in self._products:
             half = torch.get_autocast_dtype("cpu")
@@ -132,7 +131,7 @@ class Kernels(TorchFunctionMode):
         return _each(args, _raise), _each(kwargs, _raise)
 
     def _lower(self, tensor: Tensor, *, dtype: torch.dtype) -> Tensor:
-        if not tensor.is_meta or not tensor.is_floating_point() or tensor.dtype in (dtype, torch.float64):
+        if not tensor.is_floating_point() or tensor.dtype in (dtype, torch.float64):
             return tensor
         if not (tensor.is_leaf and tensor.requires_grad and tensor.dtype == torch.float32):
             return tensor.to(dtype)
@@ -187,7 +186,7 @@ def _each(values: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _raise(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_meta and tensor.dtype in HALF else tensor
+    return tensor.float() if tensor.dtype in HALF else tensor
 
 
 def _as_bias(mask: Tensor | None, query: Tensor) -> Tensor | None:
@@ -225,8 +224,8 @@ def _dequantized(args: Any, kwargs: dict[str, Any]) -> int:
     https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bitsandbytes/backends/default/ops.py
     """
     weights, blocks = math.prod(args[2]), -(-math.prod(args[2]) // args[4])
-    nested = 2 * blocks * 4 if kwargs.get("absmax_8bit") is not None else 0
-    return weights * args[0].element_size() + nested
+    nested = len(args) > 7 and args[7] is not None  # `absmax_8bit`; torch hands all arguments on in order
+    return weights * args[0].element_size() + (blocks * 4 if nested else 0)
 
 
 def _flash_backward(args: Any, kwargs: dict[str, Any]) -> int:
@@ -275,6 +274,7 @@ def stand_ins(kernels: Kernels) -> Iterator[None]:
     """What would ask for the real device, answered for the one that is played. For a process that does nothing else.
 
     * packed rows are attended to by the kernel of that device;
+    * autocast keeps the casts of weights until the outermost ends;
     * TRL's Triton kernels write into memory that is there already: they do nothing here;
     * torch's fused optimisers, which work in place, refuse tensors of a device that they do not know.
     """
@@ -283,10 +283,17 @@ def stand_ins(kernels: Kernels) -> Iterator[None]:
 
     AttentionInterface.register(IMPLEMENTATION, partial(packed_attention, kernel=kernels.kernel_for))
     enabled, dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
+    clear, state = torch.clear_autocast_cache, torch.get_rng_state
+
+    def clear_casts() -> None:
+        kernels.forget_casts()
+        clear()
+
     replaced: list[Any] = [
         patch.object(import_module("torch.optim.adam"), "_device_dtype_check_for_fused", lambda *_, **__: None),
         patch.object(torch, "is_autocast_enabled", lambda device="cuda": enabled(_played(device))),
         patch.object(torch, "get_autocast_dtype", lambda device: dtype(_played(device))),
+        patch.object(torch, "clear_autocast_cache", clear_casts),
     ]
     if kernels.device.is_cuda:
         replaced += [
@@ -296,6 +303,8 @@ def stand_ins(kernels: Kernels) -> Iterator[None]:
             patch.object(head, "_backward_kernel", _NoKernel()),
             patch.object(head, "_addmm_fp32", _add_product),
         ]
+    else:  # checkpointing keeps the state of the random numbers, which no operator makes
+        replaced.append(patch.object(torch, "get_rng_state", lambda: state().clone()))
     for each in replaced:
         each.start()
     try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -144,7 +144,6 @@ class Ledger(Outline):
 
     Args:
         scratch: bytes that an operator's kernel takes for itself while it runs, by its name, arguments and result.
-        renew: called when a watched module begins.
 
     Attributes:
         optimises: whether what comes now is the optimiser's.
@@ -154,14 +153,14 @@ class Ledger(Outline):
 
     """
 
-    def __init__(self, scratch: Callable[[str, Any, dict[str, Any], Any], int], renew: Callable[[], None]) -> None:
+    def __init__(self, scratch: Callable[[str, Any, dict[str, Any], Any], int]) -> None:
         super().__init__()
         self.optimises = False
         self.flops: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
         self.kernels = 0
         self.operators: set[str] = set()
-        self._scratch, self._renew = scratch, renew
+        self._scratch = scratch
         self._before: list[Event] = []
         self._events: list[Event] = []
         self._modules: list[str] = []
@@ -173,10 +172,12 @@ class Ledger(Outline):
         out, args, kwargs = self.run(func, args, kwargs or {})
         name = func._schema.name
         outputs = [out] if isinstance(out, Tensor) else [x for x in out if isinstance(x, Tensor)] if _many(out) else []
-        if extra := self._scratch(name, args, kwargs, out):
-            self._free(self.allocate(extra, self._where(name)._replace(what="scratch")), extra)
+        extra = self._scratch(name, args, kwargs, out)
+        number = self.allocate(extra, self._where(name)._replace(what="scratch")) if extra else 0
         for tensor in outputs:
             self.follow(tensor, None, name)
+        if extra:  # given back once the result is there
+            self._free(number, extra)
         self._work(func, name, args, kwargs, out, outputs)
         return out
 
@@ -184,8 +185,6 @@ class Ledger(Outline):
         """Enters the name with what is allocated while this module runs forward, or runs again in the backward pass."""
 
         def enter(*_: Any) -> None:
-            if torch._C._current_autograd_node() is not None:
-                self._renew()
             self._modules.append(name)
 
         def leave(*_: Any) -> None:
@@ -291,13 +290,3 @@ def alive(events: Sequence[Event]) -> list[Event]:
             live.pop(event.number, None)
     return list(live.values())
 
-
-def without_values(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch anew, with floats on the meta device; integers keep their values."""
-
-    def anew(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor.clone()
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=META)
-
-    return tree_map_only(Tensor, anew, dict(batch))

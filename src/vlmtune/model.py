@@ -180,7 +180,8 @@ def _outline_four_bit(layer: bnb.nn.Linear4bit, dtype: torch.dtype) -> None:
 
 
 def _outline_eight_bit(layer: bnb.nn.Linear8bitLt, dtype: torch.dtype) -> None:
-    """A byte a weight, and a number for each row."""
+    """A byte a weight, and a number for each row. How many columns hold outliers is up to values: none is taken to."""
+    layer.state.threshold = 0.0
     rows = torch.empty(layer.weight.shape, dtype=torch.float32, device="meta").to(torch.int8)
     scales = torch.empty(layer.out_features, dtype=torch.float32, device="meta")
     layer.weight = bnb.nn.Int8Params(rows, requires_grad=False, has_fp16_weights=False, CB=rows, SCB=scales)

@@ -21,7 +21,8 @@ from vlmtune.console import command_line, console
 from vlmtune.errors import ModelError
 from vlmtune.forecast import Plan
 from vlmtune.measurements import card_here, measured
-from vlmtune.plan_report import draw, show, write_html
+from vlmtune.plan_page import draw, write_html
+from vlmtune.plan_report import show
 from vlmtune.recipe import Recipe, parse_overrides
 
 
@@ -30,6 +31,9 @@ def make_plan(
     *,
     gpu: str | None = None,
     fit: bool = False,
+    below_gib: float | None = None,
+    advise: bool = True,
+    quiet: bool = False,
     **overrides: Any,
 ) -> Plan:
     """What a recipe needs and takes on a card: no weights, no GPU, and of the hub `config.json` and the processor at most.
@@ -38,6 +42,9 @@ def make_plan(
         recipe: path of a YAML file, a mapping of the same shape, or a `Recipe`.
         gpu: a card's name or a size, "L4", "24GB"; None: the recipe's `plan.gpu`, else the card that is here, else 24 GB.
         fit: choose the fastest setting that fits; `Plan.overrides` has it.
+        below_gib: what it may need at most, beside the recipe's `plan.margin`.
+        advise: look for what would fit where this does not.
+        quiet: bars go to the standard error.
         overrides: values of the recipe by dotted key.
 
     Raises:
@@ -45,31 +52,38 @@ def make_plan(
 
     """
     content = recipe.model_dump(mode="json") if isinstance(recipe, Recipe) else recipe
-    return _asked(content if isinstance(content, str | Path) else dict(content), overrides, gpu, fit=fit, quiet=False)
+    asked: dict[str, Any] = {
+        "recipe": content if isinstance(content, str | Path) else dict(content),
+        "overrides": overrides,
+        "gpu": gpu,
+        "here": card_here(),
+        "fit": fit,
+        "below_gib": below_gib,
+        "advise": advise,
+        "measured": measured(),
+    }
+    found = _answered(asked, quiet=quiet)
+    if "error" in found:
+        raise getattr(errors, found["error"])(found["message"])
+    return Plan.model_validate(found)
 
 
-def _asked(
-    recipe: str | Path | dict[str, Any], overrides: Mapping[str, Any], gpu: str | None, *, fit: bool, quiet: bool
-) -> Plan:
-    """The plan, from a process of its own, which reads the recipe too: that takes TRL, and so some seconds."""
+def _answered(asked: Mapping[str, Any], *, quiet: bool) -> dict[str, Any]:
+    """What the process says that makes plans; it reads the recipe too, which takes TRL and so some seconds."""
     with tempfile.TemporaryDirectory(prefix="vlmtune-plan-") as directory:
-        request, answer = Path(directory, "request.json"), Path(directory, "answer.json")
-        asked: dict[str, Any] = {"recipe": recipe, "overrides": overrides, "gpu": gpu, "here": card_here(), "fit": fit}
-        request.write_text(json.dumps({**asked, "measured": measured()}, default=str), encoding="utf-8")
+        request, reply = Path(directory, "request.json"), Path(directory, "reply.json")
+        request.write_text(json.dumps(asked, default=str), encoding="utf-8")
         # a GPU that is here stays out of it, and so does torchrun
         inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         done = subprocess.run(
-            [sys.executable, "-m", "vlmtune.planning", str(request), str(answer)],
+            [sys.executable, "-m", "vlmtune.planning", str(request), str(reply)],
             env={**inherited, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
             stdout=sys.stderr if quiet else None,
             check=False,
         )
-        if not answer.exists():
-            raise ModelError(f"the process that simulates a step ended with code {done.returncode} and without an answer")
-        found = json.loads(answer.read_text(encoding="utf-8"))
-    if "error" in found:
-        raise getattr(errors, found["error"])(found["message"])
-    return Plan.model_validate(found)
+        if not reply.exists():
+            raise ModelError(f"the process that simulates a step ended with code {done.returncode} and without a plan")
+        return json.loads(reply.read_text(encoding="utf-8"))
 
 
 def command(
@@ -82,7 +96,7 @@ def command(
     html: Annotated[Path | None, typer.Option("--html", help="Write a page there.")] = None,
 ) -> None:
     """Tell whether a recipe fits a card, how long it takes and what it costs. Ends with 0 when it fits and with 1 when not."""
-    plan = _asked(recipe, parse_overrides(overrides or []), gpu, fit=fit, quiet=as_json)
+    plan = make_plan(recipe, gpu=gpu, fit=fit, quiet=as_json, **parse_overrides(overrides or []))
     if as_json:
         sys.stdout.write(plan.model_dump_json(indent=1) + "\n")
     else:

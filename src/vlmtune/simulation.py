@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTTrainer
 
@@ -21,7 +22,7 @@ from vlmtune.allocator import replay, rounded
 from vlmtune.errors import ModelError, one_line
 from vlmtune.families import Family
 from vlmtune.kernels import CUBLAS, Device, Kernels, scratch_on, stand_ins
-from vlmtune.ledger import Event, Ledger, Outline, Where, alive, peak, without_values
+from vlmtune.ledger import Event, Ledger, Outline, Where, alive, peak, to_meta
 from vlmtune.model import (
     add_adapter,
     attend_by_row,
@@ -36,14 +37,32 @@ from vlmtune.trainer import Trainer, sft_config
 
 Batch = Mapping[str, Any]
 NO_ROWS = Dataset.from_dict({"position": [0]})  # the batches are given
-NOT_SIMULATED = {"tf32": None, "torch_compile": False, "report_to": "none", "dataloader_num_workers": 0, "use_cpu": True}
+NOT_SIMULATED = {  # what needs a GPU, rows or a disk
+    "use_cpu": True,
+    "tf32": None,
+    "torch_compile": False,
+    "report_to": "none",
+    "dataloader_num_workers": 0,
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "load_best_model_at_end": False,
+}
 
 
 class StaysThere:
-    """For a class of trainers: the model is left where it is."""
+    """For a class of trainers: the model is left where it is, and a batch is moved to a GPU that is played."""
+
+    batches_move = False
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         pass
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch for the forward pass, which on a GPU is the only one to hold it."""
+        moved = dict(inputs)
+        if self.batches_move:
+            inputs.clear()
+        return moved
 
 
 class SimulatedTrainer(StaysThere, Trainer):
@@ -183,11 +202,12 @@ class Simulation:
         self.family, self.device, self._kernels = family, kernels.device, kernels
         self.stand_ins: list[str] = []
         with stand_ins(kernels):
-            self.trainer = build()
+            self.trainer: Any = build()
+            self.trainer.batches_move = self.device.is_cuda
             self.model: Any = self.trainer.model
             self._wrapped = self.trainer.accelerator.prepare_model(self.model, device_placement=False)
             self.trainer.model_wrapped = self._wrapped
-        self._ledger = Ledger(scratch_on(self.device), renew=kernels.forget_casts)
+        self._ledger = Ledger(scratch_on(self.device))
         self._watch()
         self._settle()
 
@@ -201,7 +221,8 @@ class Simulation:
 
         """
         ledger, trainer = self._ledger, self.trainer
-        inputs, others = without_values(batch), [without_values(each) for each in waiting]
+        inputs = tree_map_only(Tensor, Tensor.clone, dict(batch))  # values of pixels may decide what is chosen of them
+        others = tree_map_only(Tensor, to_meta, [dict(each) for each in waiting])
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         with self._measured() as before:
             for tensor in _tensors([inputs, *others]):
@@ -211,7 +232,6 @@ class Simulation:
                     parameter.grad = torch.zeros_like(parameter)
                     ledger.rename(parameter.grad, "gradients")
             trainer.training_step(self._wrapped, inputs, torch.tensor(1))
-            inputs.clear()
             for parameter in trained:
                 if parameter.grad is not None:
                     ledger.rename(parameter.grad, "gradients")
@@ -220,6 +240,7 @@ class Simulation:
                 trainer.accelerator.clip_grad_norm_(trained, trainer.args.max_grad_norm)
             trainer.optimizer.step()
             trainer.optimizer.zero_grad()
+            inputs.clear()
             others.clear()
         return self._outcome(before)
 
@@ -230,12 +251,12 @@ class Simulation:
             autocast = torch.autocast("cpu", self.model.dtype) if self.model.dtype != torch.float32 else nullcontext()
             inputs = {
                 name: values.to(self.model.dtype) if isinstance(values, Tensor) and values.is_floating_point() else values
-                for name, values in without_values(batch).items()
+                for name, values in batch.items()
             }
             with torch.no_grad(), autocast:
                 features = self.family.encode(self._core, inputs)
         self.model.train()
-        return self._outcome(before), features
+        return self._outcome(before), [torch.empty_like(feature) for feature in features]  # for the cache, not on the card
 
     @property
     def _core(self) -> Any:
@@ -249,7 +270,6 @@ class Simulation:
         before = self._ledger.begin()
         with stand_ins(self._kernels), self._ledger, self._kernels:
             yield before
-        self._kernels.forget_casts()
 
     def _outcome(self, before: list[Event]) -> Outcome:
         ledger = self._ledger

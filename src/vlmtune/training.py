@@ -31,8 +31,10 @@ from vlmtune.console import console, decisions, is_main_process
 from vlmtune.data import SHOWN, Rows, Split, spread
 from vlmtune.errors import ModelError, OutputError, RecipeError, VlmtuneError
 from vlmtune.families import Family
+from vlmtune.forecast import Plan
 from vlmtune.model import compute_dtype, load_model, match_adapter_dtype, parameter_counts, use_checkpointing
 from vlmtune.output import MARK, claim, disk_errors, last_checkpoint
+from vlmtune.prediction import Gauge, chosen_before, in_words, planned, remedy
 from vlmtune.recipe import Recipe, load_recipe
 from vlmtune.result import Run, answer_options, evaluate, save
 from vlmtune.trainer import Trainer, checkpoint_every, listed, sft_config
@@ -69,6 +71,13 @@ def finetune(
     checkpoint = _checkpoint(output_dir) if resume else None
     if not resume and is_main_process():
         claim(output_dir, overwrite=overwrite)
+    plan = None
+    if resume and checked.plan.mode == "auto":
+        checked = chosen_before(checked, output_dir)
+    else:
+        plan = _agreed_plan(checked, family, collator)
+        checked = load_recipe(checked, **(plan.overrides if plan is not None else {}))
+    config = sft_config(checked)
     set_seed(config.seed)
     split = usable_rows(checked, config.seed, check_images=checked.data.check_images)
     model, processor, found = load_model(checked, family=family)
@@ -76,16 +85,20 @@ def finetune(
     processor.chat_template = prompter.chat_template  # what is trained is what is saved, in checkpoints too
     if checkpoint is not None:
         _refuse_another_adapter(model, checkpoint)
-    with _memory_errors(lambda: "before training, with one to eight pictures or two rows at once"):
+    with _memory_errors(checked, plan, lambda: "before training, with one to eight pictures or two rows at once"):
         split, batches, cache = _prepared(checked, config, model, split, prompter, collator)
     with disk_errors(output_dir):
         if is_main_process():
             _open_output(checked, afresh=overwrite and not resume)
         trainer = _trainer(checked, config, model, split, prompter, batches)
+        gauge = Gauge(plan, checked.model.name) if plan is not None and config.device.type == "cuda" else None
+        if gauge is not None:
+            trainer.add_callback(gauge)
         run = Run(model, processor, trainer, checked, found, split, prompter)
-        _show_decisions(run, batches.packing, cache)
-        seconds = _train(trainer, checkpoint, split.train)
-    run.metrics |= _training_metrics(run, seconds)
+        _show_decisions(run, batches.packing, cache, plan)
+        with _memory_errors(checked, plan, lambda: _where(trainer, split.train)):
+            seconds = _train(trainer, checkpoint)
+    run.metrics |= _training_metrics(run, seconds) | ({"memory": gauge.entry} if gauge is not None else {})
     if is_main_process():
         save(run)
     trainer.accelerator.wait_for_everyone()
@@ -99,6 +112,22 @@ def _with_absolute_model(recipe: Recipe) -> Recipe:
     """The recipe with a local model's directory made absolute, so that its adapter is found from anywhere."""
     path = Path(recipe.model.name).expanduser()
     return load_recipe(recipe, **{"model.name": str(path.absolute())}) if path.is_dir() else recipe
+
+
+def _agreed_plan(recipe: Recipe, family: Family | str | None, collator: Collator | None) -> Plan | None:
+    """The first process's plan, for all."""
+    own = "a collator" if collator is not None else "a family" if isinstance(family, Family) else ""
+    found: Plan | VlmtuneError | None = None
+    if is_main_process():
+        try:
+            named = recipe if family is None or own else load_recipe(recipe, **{"model.family": family})
+            found = planned(named, own=own)
+        except VlmtuneError as error:
+            found = error
+    found = _of_the_first(found)
+    if isinstance(found, VlmtuneError):
+        raise found
+    return found
 
 
 def _checkpoint(output_dir: Path) -> Path:
@@ -228,12 +257,11 @@ def _dataset(rows: Rows) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"position": list(range(len(rows)))}).with_transform(samples)
 
 
-def _train(trainer: Trainer, checkpoint: Path | None, rows: Rows) -> float:
+def _train(trainer: Trainer, checkpoint: Path | None) -> float:
     """Trains, and returns the seconds it took."""
     started = time.perf_counter()
     try:
-        with _memory_errors(lambda: _where(trainer, rows)):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except VlmtuneError as error:  # a worker process of the data loader sends its traceback as text
         raise type(error)(str(error).rpartition(f"{type(error).__name__}: ")[2].strip()) from error
     finally:
@@ -244,16 +272,12 @@ def _train(trainer: Trainer, checkpoint: Path | None, rows: Rows) -> float:
 
 
 @contextmanager
-def _memory_errors(where: Callable[[], str]) -> Generator[None]:
-    """Turns a GPU's full memory into one sentence."""
+def _memory_errors(recipe: Recipe, plan: Plan | None, where: Callable[[], str]) -> Generator[None]:
+    """Turns a GPU's full memory into one sentence: where, how much was missing, and what would fit."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise ModelError(
-            f"the GPU's memory is full {where()}; lower packing.length or train.per_device_train_batch_size (and raise "
-            "gradient_accumulation_steps), lower images.max_pixels, or set train.gradient_checkpointing to true "
-            f"({str(error).splitlines()[0]})"
-        ) from error
+        raise ModelError(f"the GPU's memory is full {where()}: {remedy(recipe, plan, error)}") from error
 
 
 def _where(trainer: Trainer, rows: Rows) -> str:
@@ -286,7 +310,7 @@ def _training_metrics(run: Run, seconds: float) -> dict[str, Any]:
     }
 
 
-def _show_decisions(run: Run, packing: str, cache: str) -> None:
+def _show_decisions(run: Run, packing: str, cache: str, plan: Plan | None) -> None:
     """Prints what was decided before the run begins, and which rows are left out."""
     recipe, args, world = run.recipe, run.trainer.args, int(run.trainer.args.world_size)
     rows: dict[str, Any] = {
@@ -303,6 +327,7 @@ def _show_decisions(run: Run, packing: str, cache: str) -> None:
         "packing": packing,
         "vision cache": cache,
         "checkpointing": {0: "off", 1: "every layer"}.get(every := checkpoint_every(recipe), f"one layer of {every}"),
+        **in_words(plan),
         "output": recipe.output_dir,
     }
     decisions("This run", rows)

@@ -1,0 +1,138 @@
+"""The fastest setting that fits a card, and what the others would need and take."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vlmtune import cards
+from vlmtune.cards import Card, find_card, smallest_card
+from vlmtune.console import progress
+from vlmtune.forecast import Forecast
+from vlmtune.material import Material, plain_config
+from vlmtune.recipe import Recipe
+from vlmtune.trainer import checkpoint_every
+
+CHECKPOINTING = (0, 4, 2, 1)  # recompute nothing, every so many layers, all: each needs less than the one before
+SMALLEST = 28 * 28  # pixels that a picture is halved to at most
+
+Overrides = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A setting, as values of the recipe, and what it would be like."""
+
+    overrides: dict[str, Any]
+    forecast: Forecast
+
+
+class Search:
+    """Goes through settings that train on the same rows in each step.
+
+    Args:
+        recipe: what it says about pixels, packing and margin holds.
+        card: whose memory counts.
+        forecast: of the recipe with other values.
+        material: of the recipe as it is.
+        below_gib: what a setting may need at most, beside the margin: less than one that has failed.
+
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        card: Card,
+        forecast: Callable[[Overrides], Forecast],
+        material: Material,
+        *,
+        below_gib: float | None = None,
+    ) -> None:
+        self.recipe, self.card, self._forecast, self._material = recipe, card, forecast, material
+        limit = (1 - recipe.plan.margin) * card.visible_gib
+        self.limit_gib = limit if below_gib is None else min(limit, below_gib)
+
+    def run(self) -> list[Tried]:
+        """All candidates, but those that need more than one that does not fit."""
+        rows, tried = self.candidates(), list[Tried]()
+        with progress() as shown:
+            task = shown.add_task("Trying settings", total=sum(map(len, rows)), text="")
+            for row in rows:
+                for place, overrides in enumerate(row, 1):
+                    tried.append(Tried(overrides, self._forecast(overrides)))
+                    shown.advance(task)
+                    if not self._fits(tried[-1].forecast):
+                        shown.advance(task, len(row) - place)
+                        break
+        return tried
+
+    def candidates(self) -> list[list[dict[str, Any]]]:
+        """Lists of settings in which each needs at least as much as the one before."""
+        config = plain_config(self.recipe)
+        rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        sizes = [size for size in range(1, min(rows, len(self._material.lengths)) + 1) if rows % size == 0]
+        packing: dict[str, Any] = {"packing.length": None} if self.recipe.packing.length else {}
+        return [
+            [
+                {
+                    "train.per_device_train_batch_size": size,
+                    "train.gradient_accumulation_steps": rows // size,
+                    "train.gradient_checkpointing": every or False,
+                    **({"images.max_pixels": pixels} if pixels else {}),
+                    **packing,
+                }
+                for size in sizes
+            ]
+            for pixels in self._pixels()
+            for every in CHECKPOINTING
+        ]
+
+    def best(self, tried: list[Tried]) -> Tried | None:
+        """The fastest that fits, of two as fast the one that needs less; smaller pictures only where nothing fits otherwise."""
+        for pixels in self._pixels():
+            fitting = [one for one in tried if self._fits(one.forecast) and one.overrides.get("images.max_pixels") == pixels]
+            if fitting:
+                return min(fitting, key=lambda one: (round(self._seconds(one.forecast), 3), one.forecast.memory.needed_gib))
+        return None
+
+    def changes(self, overrides: Overrides) -> dict[str, Any]:
+        """Those that change something."""
+        config, every = plain_config(self.recipe), checkpoint_every(self.recipe, on_gpu=True)
+        now = {
+            "train.per_device_train_batch_size": config.per_device_train_batch_size,
+            "train.gradient_accumulation_steps": config.gradient_accumulation_steps,
+            "train.gradient_checkpointing": every or False,
+        }
+        return {key: value for key, value in overrides.items() if key not in now or now[key] != value}
+
+    def advice(self, tried: list[Tried]) -> str:
+        """What would fit, for a recipe that does not: the fastest setting, or else the smallest card."""
+        if (best := self.best(tried)) is not None:
+            changes = " ".join(f"{key}={json.dumps(value)}" for key, value in self.changes(best.overrides).items())
+            return f"{changes} fits and needs {best.forecast.memory.needed_gib:.1f} GiB"
+        least = min((one.forecast.memory.needed_gib for one in tried), default=0)
+        card = smallest_card(least)
+        where = f"the smallest card for it is {card.name}, with {card.visible_gib:.0f} GiB" if card else "no card has that"
+        others = "lower images.max_pixels, shorten the rows or take a smaller model"
+        return f"no setting fits: the thriftiest needs {least:.1f} GiB, and {where}; or {others}"
+
+    def _pixels(self) -> list[int | None]:
+        """The recipe's own, None, then halves of it as far down as the recipe allows."""
+        smallest, largest = self.recipe.plan.smallest_max_pixels, self.recipe.images.max_pixels
+        if smallest is None or self._material.largest_picture is None:
+            return [None]
+        if largest is None:
+            width, height = self._material.collator.album.size(self._material.largest_picture)
+            largest = width * height
+        halves = [largest >> times for times in range(1, 20) if largest >> times > max(smallest, SMALLEST)]
+        return [None, *halves, smallest] if smallest < largest else [None]
+
+    def _fits(self, forecast: Forecast) -> bool:
+        return forecast.memory.needed_gib <= self.limit_gib
+
+    def _seconds(self, forecast: Forecast) -> float:
+        """Of a step; of a card that is only a size, as on the slowest that is sold by it."""
+        card = self.card if self.card.tflops else find_card(cards.CARDS_24GB[0])
+        return cards.seconds(forecast.work, card)
