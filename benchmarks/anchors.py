@@ -186,7 +186,7 @@ def litgpt() -> Iterator[Anchor]:
             replace(stack, quantization=quantization),
             partial(text, 1, 1304),
             billions=billions,
-            why="litgpt's own modeling code",
+            why="litgpt's own modeling code; 1.1 and 1.7 GB are missing without quantisation too",
         )
 
 
@@ -212,7 +212,8 @@ def qwen() -> Iterator[Anchor]:
                 partial(text, 1, length),
                 accumulates=True,
                 billions=float(name[:-1]),
-                why="Qwen's own modeling code; how it was measured is not said",
+                why="Qwen's own modeling code; how it was measured is not said. About 1 GiB is missing, 2 at 4096 tokens, "
+                "which weighs more in a small model",
             )
 
 
@@ -256,10 +257,10 @@ def trl_issue() -> Iterator[Anchor]:
 def unsloth() -> Iterator[Anchor]:
     # https://github.com/unslothai/notebooks: "GB of memory reserved" before training
     lora = LoraSection(r=16, alpha=16, dropout=0.0, targets="all-linear", scope="all")
-    for name, figure, billions, why in (
-        ("mistral-community/pixtral-12b", 8.031, 12, ""),
-        ("Qwen/Qwen2-VL-7B-Instruct", 6.131, 7, "reserved, and some modules of that checkpoint stay in 16 bit"),
-        ("meta-llama/Llama-3.2-11B-Vision-Instruct", 8.477, 11, "reserved, and some modules of that checkpoint stay in 16 bit"),
+    for name, figure, billions in (
+        ("mistral-community/pixtral-12b", 8.031, 12),
+        ("Qwen/Qwen2-VL-7B-Instruct", 6.131, 7),
+        ("meta-llama/Llama-3.2-11B-Vision-Instruct", 8.477, 11),
     ):
         yield Anchor(
             "unsloth's notebooks",
@@ -271,7 +272,7 @@ def unsloth() -> Iterator[Anchor]:
             Stack("", lora=lora),
             partial(picture, name, (256, 256), 100),
             billions=billions,
-            why=why,
+            why="reserved by the loader; unsloth leaves some modules of its checkpoint in 16 bit",
         )
 
 
@@ -290,7 +291,8 @@ def swift() -> Iterator[Anchor]:
             Stack("", lora=lora, quantization="none"),
             partial(picture, name, size, tokens),
             accumulates=True,
-            why=f"picture and text are guessed ({tokens} tokens of text); a comment in a script, of whatever was measured",
+            why=f"sizes are guessed ({tokens} tokens of text). A comment in a script, older than the model in it; grounding.sh "
+            "says less for larger pictures",
         )
 
 
@@ -350,7 +352,8 @@ def lines(found: Iterable[Found]) -> Iterator[list[str]]:
         why = anchor.why if abs(one.difference) > ALLOWED else ""
         published = f"{anchor.figure:,.{digits}f} {unit}"
         simulated = f"{one.simulated:,.{digits}f} {unit}"
-        yield [anchor.source, anchor.setting, anchor.measure, published, simulated, f"{one.difference:+.1%}", why]
+        difference = f"{one.difference:+.1%}".replace("-0.0%", "+0.0%")
+        yield [anchor.source, anchor.setting, anchor.measure, published, simulated, difference, why]
 
 
 def main(
@@ -372,7 +375,7 @@ def main(
     of_large = sum(abs(one.difference) <= ALLOWED for one in large)
     names = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft", "bitsandbytes"))
     summary = (
-        f"{within} of {len(found)} figures are within {ALLOWED:.0%}, of models from 7B on {of_large} of {len(large)}. "
+        f"{within} of {len(found)} figures are within 10 %, of models from 7B on {of_large} of {len(large)}. "
         f"Simulated with {names}."
     )
     page = markdown(HEADER, lines(found), words=3) + f"\n{summary}\n"

@@ -9,7 +9,7 @@ of transformers, peft and TRL at their full size, with torch's own formulas (`to
 torch's checkpoint at work, early stop included, not a factor. Quantised linears multiply like unquantised ones, so nothing
 is quantised here.
 
-How: parameters and activations lie on the meta device, integers are real, and `Count`, a `TorchDispatchMode`, lets the two
+How: parameters and activations lie on the meta device, integers are real, and `Count`, a `vlmtune.ledger.Outline`, lets the two
 meet and adds up. A step is cut at two tensors, the picture features and the last hidden states, so that vision, language
 and head can be told apart in the backward too; the features go into the language model by the door transformers has for
 them (`mm_encoder_outputs`, Mllama's `cross_attention_states`). `--check` holds cut against uncut, meta against CPU, and
@@ -51,17 +51,19 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 import typer
+from pages import markdown
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_any_only, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
-from transformers import AttentionInterface, AutoModelForImageTextToText, LlavaConfig, MllamaConfig, Qwen2VLConfig
+from transformers import AttentionInterface, AutoModelForImageTextToText
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+from vlmtune.ledger import FORMULAS, Outline
+from vlmtune.published import published_config
 
 aten = torch.ops.aten
 
@@ -77,15 +79,11 @@ VOCABULARY_TILE = 32768  # trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
 # ---------------------------------------------------------------------------------------------------------- the counter
 
 
-for op, like in {
-    aten.addmm_: aten.addmm,  # TRL's head adds up its gradient in place; torch has no formula for that
-    aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: aten._scaled_dot_product_flash_attention_backward,
-}.items():
-    register_flop_formula(op, get_raw=True)(flop_registry[like])
+for op, formula in FORMULAS.items():
+    register_flop_formula(op, get_raw=True)(formula)
 
 
-class Count(TorchDispatchMode):
+class Count(Outline):
     """Adds up the FLOPs of what runs inside, on the CPU or on the meta device beside real integers."""
 
     def __init__(self) -> None:
@@ -93,35 +91,10 @@ class Count(TorchDispatchMode):
         self.flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = _on_one_device(func, args, kwargs or {})
-        if func is aten.masked_scatter_backward.default and args[0].is_meta:  # how many are selected is known by `sizes`
-            return args[0].new_empty(args[2])
-        out = func(*args, **kwargs)
+        out, args, kwargs = self.run(func, args, kwargs or {})
         if formula := flop_registry.get(func._overloadpacket):
             self.flops += formula(*args, **kwargs, out_val=out)
         return out
-
-
-def _on_one_device(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Meta beside real becomes all meta; integers asked for on the meta device are made for real, so that they have values."""
-    both = (args, kwargs)
-    wanted = kwargs.get("device")
-    if tree_any_only(Tensor, lambda tensor: tensor.is_meta, both):
-        if wanted is not None:
-            kwargs = {**kwargs, "device": torch.device("meta")}
-        return tree_map_only(Tensor, _to_meta, (args, kwargs))
-    if wanted is not None and torch.device(wanted).type == "meta":
-        numbers = [dtype] if (dtype := kwargs.get("dtype")) else [x.dtype for x in args if isinstance(x, Tensor)]
-        if not numbers and func._overloadpacket is aten.arange:
-            numbers = [torch.int64]
-        if numbers and not numbers[0].is_floating_point:
-            return args, {**kwargs, "device": torch.device("cpu")}
-        return tree_map_only(Tensor, _to_meta, both)
-    return both
-
-
-def _to_meta(tensor: Tensor) -> Tensor:
-    return tensor if tensor.is_meta else torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 # ------------------------------------------------------------------------------------------------------------ attention
@@ -172,15 +145,36 @@ def _attend_per_row(rows: tuple[int, ...] | None) -> Iterator[None]:
 # ----------------------------------------------------------------------------------------------------------- the models
 
 
+TINY_TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
 @dataclass(frozen=True)
 class Model:
     """A reference model: its configuration, how many tokens a picture is, how its tower is called."""
 
     name: str
     target: float  # of TRL's FLOPs, over three epochs
+    checkpoint: str
     tiny: bool = False  # the same architecture, small enough to run on a CPU
 
     def config(self) -> Any:
+        config = published_config(self.checkpoint)
+        if not self.tiny:
+            return config
+        values = config.to_dict()
+        text, vision = self.tiny_sizes()
+        values["text_config"] = {**values["text_config"], **TINY_TEXT, "layer_types": None, **text}
+        values["vision_config"] = {**values["vision_config"], **vision}
+        return type(config).from_dict(values)
+
+    def tiny_sizes(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Of language model and tower, where they are not `TINY_TEXT`."""
         raise NotImplementedError
 
     def grid(self, side: int) -> int:
@@ -204,26 +198,9 @@ class Model:
 
 
 class Qwen2VL(Model):
-    def config(self) -> Qwen2VLConfig:
-        # https://huggingface.co/Qwen/Qwen2-VL-7B-Instruct/blob/main/config.json
-        text = {
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-            "vocab_size": 152064,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-        }
-        vision = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "hidden_size": 3584}
-        if self.tiny:
-            text |= {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
-            text |= {"num_key_value_heads": 2}
-            text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
-            vision |= {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 64}
-        vision |= {"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2}
-        ids = {"vision_start_token_id": 151652, "vision_end_token_id": 151653, "image_token_id": 151655}
-        return Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
+    def tiny_sizes(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+        return {"rope_parameters": rope}, {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 64}
 
     def grid(self, side: int) -> int:
         return smart_resize(side, side, max_pixels=12845056)[0] // 14  # of the hub's preprocessor_config.json
@@ -237,36 +214,10 @@ class Qwen2VL(Model):
 
 
 class Mllama(Model):
-    def config(self) -> MllamaConfig:
-        # https://huggingface.co/meta-llama/Llama-3.2-11B-Vision-Instruct/blob/main/config.json
-        text = {
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 40,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "vocab_size": 128256,
-            "cross_attention_layers": [3, 8, 13, 18, 23, 28, 33, 38],
-            "pad_token_id": 128004,
-        }
-        vision = {
-            "hidden_size": 1280,
-            "intermediate_size": 5120,
-            "num_hidden_layers": 32,
-            "num_global_layers": 8,
-            "attention_heads": 16,
-            "image_size": 560,
-            "vision_output_dim": 7680,
-            "intermediate_layers_indices": [3, 7, 15, 23, 30],
-            "supported_aspect_ratios": [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]],
-        }
-        if self.tiny:
-            text |= {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
-            text |= {"num_key_value_heads": 2, "cross_attention_layers": [1]}
-            vision |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_global_layers": 1}
-            vision |= {"attention_heads": 2, "image_size": 56, "vision_output_dim": 64, "intermediate_layers_indices": [0]}
-        vision |= {"patch_size": 14, "max_num_tiles": 4}
-        return MllamaConfig(text_config=text, vision_config=vision, image_token_index=128256, tie_word_embeddings=False)
+    def tiny_sizes(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_global_layers": 1}
+        vision |= {"attention_heads": 2, "image_size": 56, "vision_output_dim": 64, "intermediate_layers_indices": [0]}
+        return {"cross_attention_layers": [1]}, vision
 
     def grid(self, side: int) -> int:
         return self.config().vision_config.image_size // 14  # a tile's, whatever the picture's size
@@ -290,35 +241,9 @@ class Mllama(Model):
 
 
 class Pixtral(Model):
-    def config(self) -> LlavaConfig:
-        # https://huggingface.co/mistral-community/pixtral-12b/blob/main/config.json
-        text = {
-            "model_type": "mistral",
-            "hidden_size": 5120,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 40,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "vocab_size": 131072,
-            "sliding_window": None,
-        }
-        vision = {
-            "model_type": "pixtral",
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-            "head_dim": 64,
-        }
-        if self.tiny:
-            text |= {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
-            text |= {"num_key_value_heads": 2, "head_dim": 16}
-            vision |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-            vision |= {"head_dim": 16}
-        vision |= {"patch_size": 16, "image_size": 1024}
-        features = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full", "projector_hidden_act": "gelu"}
-        return LlavaConfig(text_config=text, vision_config=vision, image_token_index=10, tie_word_embeddings=False, **features)
+    def tiny_sizes(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16}
+        return {"head_dim": 16}, vision
 
     def grid(self, side: int) -> int:
         return math.ceil(min(side, 1024) / 16)
@@ -333,9 +258,9 @@ class Pixtral(Model):
 
 
 MODELS: tuple[Model, ...] = (
-    Qwen2VL("Qwen2-VL-7B", target=0.65),
-    Mllama("Llama-3.2-11B-Vision", target=0.45),
-    Pixtral("Pixtral-12B", target=0.8),
+    Qwen2VL("Qwen2-VL-7B", 0.65, "Qwen/Qwen2-VL-7B-Instruct"),
+    Mllama("Llama-3.2-11B-Vision", 0.45, "meta-llama/Llama-3.2-11B-Vision-Instruct"),
+    Pixtral("Pixtral-12B", 0.8, "mistral-community/pixtral-12b"),
 )
 
 
@@ -671,11 +596,6 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "transformers", "trl", "peft")}
 
 
-def markdown(title: str, header: list[str], lines: Rows) -> str:
-    cells = [header, ["---"] * 2 + ["---:"] * (len(header) - 2), *lines]
-    return "\n".join([f"**{title}**", "", *("| " + " | ".join(line) + " |" for line in cells), ""])
-
-
 def main(
     *,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Markdown in place of the terminal's tables.")] = False,
@@ -692,7 +612,7 @@ def main(
         return
     for title, (header, lines) in tables().items():
         if as_markdown:
-            print(markdown(title, header, lines))
+            print(f"**{title}**\n\n{markdown(header, lines)}")
             continue
         table = Table(*header, title=title)
         for index, line in enumerate(lines):

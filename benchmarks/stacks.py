@@ -6,7 +6,7 @@ modeling code: what a model computed otherwise in the versions that a stack stan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -40,14 +40,14 @@ class Stack:
     name: str
     lora: LoraSection = QV
     quantization: Literal["nf4", "none"] = "nf4"
-    norms_in_32_bit: bool = False  # TRL up to 0.16: `prepare_model_for_kbit_training` and back, norms and the like excepted
-    adapters: torch.dtype = torch.float32  # peft's default; TRL casts to bfloat16 since 0.20 or so
+    norms_in_32_bit: bool = False  # TRL 0.11 to 0.13: all that is not 4-bit, then embeddings and head back
+    adapters: torch.dtype = torch.float32  # peft's default
     autocast: bool = True  # bf16=True
     checkpointing: bool = True
     hooks: bool = True  # inputs of tower and language model require gradients, as transformers and TRL have it
     loss: Loss | Literal["fused", "upcast", "the model's own"] = "the model's own"
     attention: str | None = None
-    inputs_kept: bool = False  # by 4-bit layers, which need none: bitsandbytes up to 0.43 or so
+    inputs_kept: bool = False  # by 4-bit layers, which need none: bitsandbytes 0.41
 
 
 # https://github.com/huggingface/trl/blob/main/trl/trainer/sft_trainer.py
@@ -59,7 +59,7 @@ TUTORIAL = Stack("the tutorial, 2024", norms_in_32_bit=True, hooks=False, loss="
 
 
 def shifted_copy(logits: Tensor, labels: Tensor, vocab_size: int, **_: Any) -> Tensor:
-    """Transformers' loss from 4.46 to 4.49: logits in 32 bit, and a copy of them without the last position.
+    """The loss of transformers 4.48: logits in 32 bit, and a copy of them without the last position.
 
     https://github.com/huggingface/transformers/blob/v4.48.1/src/transformers/loss/loss_utils.py
     """
@@ -116,7 +116,8 @@ def simulated(stack: Stack, config: Any, processor: Any = None) -> Simulation:
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(stack.adapters)
     if callable(stack.loss):
-        model.get_base_model().loss_function = stack.loss
+        inner: Any = model.get_base_model()
+        inner.loss_function = stack.loss
 
     def build() -> Any:
         trainer = _trainer(stack, model, processor)
@@ -132,7 +133,7 @@ def simulated(stack: Stack, config: Any, processor: Any = None) -> Simulation:
 
 
 @contextmanager
-def as_then(stack: Stack) -> Iterator[None]:
+def as_then(stack: Stack) -> Generator[None]:
     """Bitsandbytes as it was, while a step is simulated.
 
     https://github.com/bitsandbytes-foundation/bitsandbytes/blob/0.41.1/bitsandbytes/autograd/_functions.py (`MatMul4Bit`)
@@ -166,11 +167,10 @@ def _trainer(stack: Stack, model: PeftModel, processor: Any) -> Any:
         "bf16": stack.autocast,
         "gradient_accumulation_steps": 1,
         "remove_unused_columns": False,
-        "output_dir": "build/stacks",
     }
     given: dict[str, Any] = {"model": model, "train_dataset": NO_ROWS, "data_collator": list}
     if stack.loss == "fused":
-        options = {"gradient_checkpointing": stack.checkpointing, "max_length": None}
+        options: dict[str, Any] = {"gradient_checkpointing": stack.checkpointing, "max_length": None}
         config = SFTConfig(**common, **options, dataset_kwargs={"skip_prepare_dataset": True})
         return _TrlTrainer(args=config, processing_class=processor, **given)
     trainer = _UpcastTrainer if stack.loss == "upcast" else _Trainer

@@ -7,11 +7,12 @@ chooses as the device would, so that what is saved for the backward pass and wha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
+from itertools import accumulate
 from typing import Any
 from unittest.mock import patch
 
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 from transformers import AttentionInterface
 
@@ -82,11 +84,16 @@ class Kernels(TorchFunctionMode):
 
     Whether autocast is on is told by the CPU's, which trainer and checkpointing switch there. A backward pass leaves the mode:
     what is computed again in there needs it as checkpointing's `context_fn`.
+
+    Attributes:
+        follows_again: called when a layer first runs, makes a context for its second time.
+
     """
 
     def __init__(self, device: Device) -> None:
         super().__init__()
         self.device = device
+        self.follows_again: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._products = PRODUCTS if device.is_cuda else PRODUCTS_ON_CPU
         self._exact = EXACT if device.is_cuda else EXACT_ON_CPU
         self._cast: dict[int, tuple[Tensor, Tensor]] = {}  # of weights that are trained, as autocast keeps them
@@ -106,7 +113,14 @@ class Kernels(TorchFunctionMode):
 
     def again(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """Checkpointing's `context_fn`."""
-        return nullcontext(), self
+        follows = self.follows_again()
+
+        @contextmanager
+        def both() -> Generator[None]:
+            with follows, self:
+                yield
+
+        return nullcontext(), both()
 
     def forget_casts(self) -> None:
         """Drops the casts that autocast keeps."""
@@ -256,7 +270,66 @@ def _varlen_backward(args: Any, kwargs: dict[str, Any]) -> int:
     return _flash_backward((None, query[None].transpose(1, 2), key[None].transpose(1, 2)), kwargs)
 
 
-ON_CPU: dict[str, Callable[[Any, dict[str, Any]], int]] = {"bitsandbytes::gemm_4bit": _dequantized}
+def _asked(function: Callable[..., Any]) -> Callable[[Any, dict[str, Any]], int]:
+    """Has this processor's kernel say it: oneDNN's scratchpads depend on shapes, cache and instruction set.
+
+    Products of 32-bit matrices are MKL's, whose memory is not torch's.
+    """
+
+    def scratch(args: Any, kwargs: dict[str, Any]) -> int:
+        exact = args[0].dtype == torch.float32 and function is not aten.convolution.default
+        return 0 if exact else _beside_result(function, _described(args))
+
+    return scratch
+
+
+@cache
+def _beside_result(function: Callable[..., Any], described: Any) -> int:
+    """Bytes that a function allocates beside its result, for arguments like these."""
+    with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        arguments = _undescribed(described)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorder:
+            result = function(*arguments)
+    results: Any = recorder.profiler.kineto_results if recorder.profiler else None
+    events = [event for event in results.events() if event.name() == "[memory]"]
+    live = list(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    del result
+    return max(live, default=0) - (live[-1] if live else 0)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _described(value: Any) -> Any:
+    """Arguments, tensors as their layouts, lists as tuples: something to look up by."""
+    if isinstance(value, Tensor):
+        return _Layout(tuple(value.shape), value.stride(), value.dtype)
+    return tuple(map(_described, value)) if isinstance(value, list | tuple) else value
+
+
+def _undescribed(value: Any) -> Any:
+    if isinstance(value, _Layout):
+        return torch.empty_strided(value.shape, value.strides, dtype=value.dtype).zero_()
+    return [_undescribed(each) for each in value] if isinstance(value, tuple) else value
+
+
+def _dequantized_on_cpu(args: Any, kwargs: dict[str, Any]) -> int:
+    rows = args[0].new_empty(args[0].shape)
+    return _dequantized(args, kwargs) + _asked(aten.linear.default)((rows, rows.new_empty(tuple(args[2]))), {})
+
+
+ON_CPU: dict[str, Callable[[Any, dict[str, Any]], int]] = {
+    "bitsandbytes::gemm_4bit": _dequantized_on_cpu,
+    "aten::mm": _asked(aten.mm.default),
+    "aten::addmm": _asked(aten.addmm.default),
+    "aten::bmm": _asked(aten.bmm.default),
+    "aten::baddbmm": _asked(aten.baddbmm.default),
+    "aten::convolution": _asked(aten.convolution.default),
+}
 ON_CUDA: dict[str, Callable[[Any, dict[str, Any]], int]] = {
     "bitsandbytes::gemm_4bit": _dequantized,
     "aten::_scaled_dot_product_flash_attention_backward": _flash_backward,
@@ -270,7 +343,7 @@ CUBLAS = 8_519_680  # bytes of a workspace; two handles have one each, https://d
 
 
 @contextmanager
-def stand_ins(kernels: Kernels) -> Iterator[None]:
+def stand_ins(kernels: Kernels) -> Generator[None]:
     """What would ask for the real device, answered for the one that is played. For a process that does nothing else.
 
     * packed rows are attended to by the kernel of that device;

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +64,8 @@ class Outline(TorchDispatchMode):
         """The result, and the arguments as they were given to the operator."""
         packet = func._overloadpacket
         if packet in INDEXED:
+            if any(isinstance(index, Tensor) and index.is_meta and index.dtype == torch.bool for index in args[1]):
+                self.assumed.add(func._schema.name)
             args = (args[0], _places(args[1], args[0]), *args[2:])
         kinds = _kinds(args) | _kinds(kwargs.values())
         wanted = kwargs.get("device")
@@ -157,7 +160,7 @@ class Ledger(Outline):
         super().__init__()
         self.optimises = False
         self.flops: Counter[str] = Counter()
-        self.bytes: Counter[str] = Counter()
+        self.bytes: defaultdict[str, float] = defaultdict(float)
         self.kernels = 0
         self.operators: set[str] = set()
         self._scratch = scratch
@@ -169,8 +172,12 @@ class Ledger(Outline):
         self._count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = args
         out, args, kwargs = self.run(func, args, kwargs or {})
         name = func._schema.name
+        if func._overloadpacket is aten._to_copy and _stays(given[0], out):
+            self._know(out)
+            return out
         outputs = [out] if isinstance(out, Tensor) else [x for x in out if isinstance(x, Tensor)] if _many(out) else []
         extra = self._scratch(name, args, kwargs, out)
         number = self.allocate(extra, self._where(name)._replace(what="scratch")) if extra else 0
@@ -193,6 +200,20 @@ class Ledger(Outline):
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave, always_call=True)  # checkpointing stops in the middle of a second forward
 
+    def again(self) -> AbstractContextManager[None]:
+        """A context in which the module that runs now runs again: transformers checkpoints layers inside of their hooks."""
+        name = self._modules[-1] if self._modules else ""
+
+        @contextmanager
+        def named() -> Generator[None]:
+            self._modules.append(name)
+            try:
+                yield
+            finally:
+                self._modules.pop()
+
+        return named()
+
     def begin(self) -> list[Event]:
         """Starts afresh with what is allocated now, which is returned."""
         self._before = alive([*self._before, *self.events])
@@ -211,18 +232,24 @@ class Ledger(Outline):
 
     def rename(self, tensor: Tensor, what: str) -> None:
         """Counts what was allocated for a tensor as something else."""
-        entry = self._open.get(tensor.untyped_storage()._cdata)
+        entry = self._open.get(_address(tensor.untyped_storage()))
         if entry is not None:
             self._names[entry[0]] = Where(what, "", "")
 
     def follow(self, tensor: Tensor, where: Where | None, operator: str = "") -> None:
         """Enters a tensor's storage, if it is new, until it is gone."""
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key, size = _address(storage), storage.nbytes()
         if key in self._open or not size:
             return
         number = self.allocate(size, where or self._where(operator))
         self._open[key] = number, size, weakref.ref(storage, lambda _, key=key: self._close(key))
+
+    def _know(self, tensor: Tensor) -> None:
+        """Takes a storage as known that is none on the device."""
+        storage = tensor.untyped_storage()
+        key = _address(storage)
+        self._open[key] = 0, 0, weakref.ref(storage, lambda _: self._open.pop(key))
 
     def allocate(self, size: int, where: Where) -> int:
         """Enters memory that is no tensor's, and returns its number."""
@@ -238,7 +265,8 @@ class Ledger(Outline):
         self._free(number, size)
 
     def _where(self, operator: str) -> Where:
-        node = torch._C._current_autograd_node()
+        # what torch's own anomaly mode asks; None outside of a backward pass
+        node: Any = torch._C._current_autograd_node()  # pyright: ignore[reportPrivateUsage]
         if node is None:
             if self._modules:
                 return Where("forward", self._modules[-1], operator)
@@ -266,6 +294,16 @@ class Ledger(Outline):
         self.bytes["elementwise"] += read + sum(tensor.nbytes for tensor in outputs)
 
 
+def _address(storage: torch.UntypedStorage) -> int:
+    """By which a storage is known while it lives, whether it has memory or not."""
+    return storage._cdata  # pyright: ignore[reportPrivateUsage]
+
+
+def _stays(tensor: Tensor, copy: Tensor) -> bool:
+    """Whether a real tensor is only brought to the meta device, where in truth it is on the device already."""
+    return copy.is_meta and not tensor.is_meta and copy.dtype == tensor.dtype
+
+
 def _many(out: Any) -> bool:
     return isinstance(out, list | tuple)
 
@@ -289,4 +327,3 @@ def alive(events: Sequence[Event]) -> list[Event]:
         else:
             live.pop(event.number, None)
     return list(live.values())
-

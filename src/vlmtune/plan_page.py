@@ -27,7 +27,7 @@ STYLE = """
 .plan div{overflow-x:auto}
 .plan table{border-collapse:collapse;font-size:.93em;font-variant-numeric:tabular-nums;margin:0}
 .plan th,.plan td{padding:.25em .8em .25em 0;border-bottom:1px solid #e8eaee;text-align:left;background:#fff}
-.plan th{color:#68707c;font-weight:500}
+.plan th{color:#68707c;font-weight:500} .plan tr{vertical-align:top}
 .plan .r{text-align:right;white-space:nowrap}
 .plan .chosen td{font-weight:650;background:#f3f6fb}
 .plan pre{white-space:pre-wrap;background:#f6f7f9;padding:.6em;margin:0}
@@ -46,7 +46,7 @@ def draw(plan: Plan, path: Path) -> None:
     title = f"{plan.model}\n{textwrap.fill(verdict(plan), 66)}"
     shown.suptitle(title, x=0.02, ha="left", fontsize=11, color=VERDICTS[plan.verdict]).set_parse_math(False)
     with disk_errors(path):
-        shown.savefig(path, format="png", dpi=150)
+        shown.savefig(path, format="png", dpi=150, bbox_inches="tight")
 
 
 def write_html(plan: Plan, path: Path) -> None:
@@ -67,7 +67,7 @@ def write_html(plan: Plan, path: Path) -> None:
 def html(plan: Plan) -> str:
     """The plan as HTML, for a page or `IPython.display.HTML`; everything is escaped, and the picture is in it."""
     buffer = io.BytesIO()
-    figure(plan).savefig(buffer, format="svg")
+    figure(plan).savefig(buffer, format="svg", bbox_inches="tight")
     picture = b64encode(buffer.getvalue()).decode()
     heading = f"Where the {gib(plan.needed_gib)} GiB go"
     parts = [
@@ -115,7 +115,7 @@ def _draw_bar(axis: Axes, plan: Plan) -> None:
     for kind, size, colour in kinds(plan):
         axis.barh(0, size, left=start, color=colour, label=f"{size:.2f}  {kind}")
         start += size
-    axis.set_title(f"Needed: {gib(plan.needed_gib)} GiB", loc="left", pad=20)
+    axis.set_title(f"GiB needed, {gib(plan.needed_gib)} of {gib(plan.visible_gib)}", loc="left", pad=20)
     axis.set_xlim(0, max(plan.visible_gib, plan.needed_gib) * 1.02)
     axis.set_yticks([])
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2, **LEGEND)
@@ -128,8 +128,7 @@ def _draw_timeline(axis: Axes, plan: Plan) -> None:
     for phase, colour in PHASES.items():
         here = [phase in pair for pair in zip(phases, [None, *phases], strict=False)]  # up to where the next begins
         axis.fill_between(range(len(sizes)), sizes, where=here, color=colour, linewidth=0, label=phase)
-    axis.set_title(f"Allocated through the step: at most {gib(plan.peak_gib)} GiB", loc="left")
-    axis.set_ylabel("GiB")
+    axis.set_title(f"GiB allocated through the step, at most {gib(plan.peak_gib)}", loc="left")
     axis.set_ylim(bottom=0)
     axis.set_xticks([])
     axis.margins(x=0)

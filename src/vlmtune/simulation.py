@@ -5,7 +5,8 @@ It replaces a few functions of torch and TRL while it runs, so a plan has a proc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -46,6 +47,7 @@ NOT_SIMULATED = {  # what needs a GPU, rows or a disk
     "eval_strategy": "no",
     "save_strategy": "no",
     "load_best_model_at_end": False,
+    "output_dir": tempfile.gettempdir(),  # the trainer would make another
 }
 
 
@@ -102,8 +104,10 @@ class Outcome:
         """Most bytes that the allocator reserves; a second step may find freed memory in smaller pieces than the first."""
         if not self.cuda:
             return self.peak
-        traces = [[(event.number + again * len(self.events) * 2, event.size) for event in self.events] for again in (0, 1)]
-        return replay([*((event.number, event.size) for event in self.before), *traces[0], *traces[1]]).peak_reserved
+        own = {event.number for event in self.events if event.size > 0}  # a model may drop what it kept from a step before
+        once = [(event.number, event.size) for event in (*self.before, *self.events)]
+        again = [(event.number + 2 * len(self.events), event.size) for event in self.events if event.number in own]
+        return replay([*once, *again]).peak_reserved
 
     def at_peak(self) -> tuple[list[Event], Event]:
         """All that is allocated at the peak, and what was allocated last."""
@@ -208,6 +212,7 @@ class Simulation:
             self._wrapped = self.trainer.accelerator.prepare_model(self.model, device_placement=False)
             self.trainer.model_wrapped = self._wrapped
         self._ledger = Ledger(scratch_on(self.device))
+        kernels.follows_again = self._ledger.again
         self._watch()
         self._settle()
 
@@ -225,12 +230,9 @@ class Simulation:
         others = tree_map_only(Tensor, to_meta, [dict(each) for each in waiting])
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         with self._measured() as before:
-            for tensor in _tensors([inputs, *others]):
-                ledger.follow(tensor, Where("inputs", "", ""))
+            self._enter([inputs, *others], "inputs")
             if accumulates:
-                for parameter in trained:
-                    parameter.grad = torch.zeros_like(parameter)
-                    ledger.rename(parameter.grad, "gradients")
+                self._no_gradients(trained)
             trainer.training_step(self._wrapped, inputs, torch.tensor(1))
             for parameter in trained:
                 if parameter.grad is not None:
@@ -249,14 +251,24 @@ class Simulation:
         self.model.eval()
         with self._measured() as before:
             autocast = torch.autocast("cpu", self.model.dtype) if self.model.dtype != torch.float32 else nullcontext()
-            inputs = {
-                name: values.to(self.model.dtype) if isinstance(values, Tensor) and values.is_floating_point() else values
-                for name, values in batch.items()
-            }
+            inputs = tree_map_only(Tensor, self._in_its_dtype, dict(batch))
             with torch.no_grad(), autocast:
                 features = self.family.encode(self._core, inputs)
         self.model.train()
         return self._outcome(before), [torch.empty_like(feature) for feature in features]  # for the cache, not on the card
+
+    def _in_its_dtype(self, values: Tensor) -> Tensor:
+        return values.to(self.model.dtype, copy=True) if values.is_floating_point() else values.clone()
+
+    def _enter(self, values: Any, what: str) -> None:
+        for tensor in _tensors(values):
+            self._ledger.follow(tensor, Where(what, "", ""))
+
+    def _no_gradients(self, trained: Sequence[nn.Parameter]) -> None:
+        """Gradients of nothing, as micro-batches before leave them."""
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+            self._ledger.rename(parameter.grad, "gradients")
 
     @property
     def _core(self) -> Any:
@@ -265,7 +277,7 @@ class Simulation:
         return whole.base_model
 
     @contextmanager
-    def _measured(self) -> Iterator[list[Event]]:
+    def _measured(self) -> Generator[list[Event]]:
         """Follows what is done in here from a ledger that has only what lies there already."""
         before = self._ledger.begin()
         with stand_ins(self._kernels), self._ledger, self._kernels:
@@ -323,8 +335,7 @@ class Simulation:
         for group in self.trainer.optimizer.param_groups:  # what torch chooses by itself on a GPU
             if self.device.is_cuda and "foreach" in group and group["foreach"] is None and not group.get("fused"):
                 group["foreach"] = True
-        for parameter in trained:
-            parameter.grad = torch.zeros_like(parameter)
+        self._no_gradients(trained)
         self.trainer.optimizer.step()
         self.trainer.optimizer.zero_grad()
 
