@@ -4,9 +4,10 @@
     python benchmarks/anchors.py --only fms     # of sources whose name has it
     python benchmarks/anchors.py --markdown
 
-Each training is stated as its source states it, and simulated by `vlmtune.simulation` on the meta device: with transformers'
-or TRL's trainer, and the loss of the versions that the source names. Nothing is fitted to any of these figures. A source that
-does not say how it measured is compared with what it most probably did; where a setting is unknown, `why` says so.
+Each training is stated as its source states it, and simulated by `vlmtune.planner.simulation` on the meta device: with
+transformers' or TRL's trainer, and the loss of the versions that the source names. Nothing is fitted to any of these figures.
+A source that does not say how it measured is compared with what it most probably did; where a setting is unknown, `why` says
+so.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from stacks import Stack, as_then, padded, pictured, shifted_16_bit, shifted_cop
 from torch import Tensor
 from transformers import LlamaConfig, MistralConfig
 
-from vlmtune.allocator import replay
-from vlmtune.forecasting import CONTEXT_GIB
-from vlmtune.published import published_config
+from vlmtune.planner.allocator import replay
+from vlmtune.planner.forecasting import CONTEXT_GIB
+from vlmtune.planner.published import published_config
+from vlmtune.planner.simulation import Outcome
 from vlmtune.recipe import LoraSection
-from vlmtune.simulation import Outcome
 
 GIB, GB, MIB = 2**30, 10**9, 2**20
 ALLOWED = 0.1  # of the published figure

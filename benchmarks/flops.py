@@ -9,10 +9,10 @@ of transformers, peft and TRL at their full size, with torch's own formulas (`to
 torch's checkpoint at work, early stop included, not a factor. Quantised linears multiply like unquantised ones, so nothing
 is quantised here.
 
-How: parameters and activations lie on the meta device, integers are real, and `Count`, a `vlmtune.ledger.Outline`, lets the two
-meet and adds up. A step is cut at two tensors, the picture features and the last hidden states, so that vision, language
-and head can be told apart in the backward too; the features go into the language model by the door transformers has for
-them (`mm_encoder_outputs`, Mllama's `cross_attention_states`). `--check` holds cut against uncut, meta against CPU, and
+How: parameters and activations lie on the meta device, integers are real, and `Count`, a `vlmtune.planner.ledger.Outline`,
+lets the two meet and adds up. A step is cut at two tensors, the picture features and the last hidden states, so that vision,
+language and head can be told apart in the backward too; the features go into the language model by the door transformers has
+for them (`mm_encoder_outputs`, Mllama's `cross_attention_states`). `--check` holds cut against uncut, meta against CPU, and
 this counter against torch's.
 
 What to keep in mind:
@@ -62,8 +62,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-from vlmtune.ledger import FORMULAS, Outline
-from vlmtune.published import published_config
+from vlmtune.planner.ledger import FORMULAS, Outline
+from vlmtune.planner.published import published_config
 
 aten = torch.ops.aten
 

@@ -380,7 +380,7 @@ def marks() -> Any:
 
 def bytes_of(model: Any) -> int:
     """Of all storages of a model: weights, quantisation's statistics, buffers, adapters."""
-    from vlmtune.simulation import _statistics
+    from vlmtune.planner.simulation import _statistics
 
     tensors = [*model.parameters(), *model.buffers()]
     tensors += [statistic for tensor in tensors for statistic in _statistics(tensor)]
@@ -420,10 +420,10 @@ def simulate(setting: Setting, recipe: Any, config: Any, processor: Any, family:
 
 
 def simulated(setting: Setting, recipe: Any, config: Any, processor: Any, family: Any) -> Any:
-    from vlmtune.kernels import CPU, Kernels
-    from vlmtune.ledger import Outline
     from vlmtune.model import outline_base
-    from vlmtune.simulation import NO_ROWS, NOT_SIMULATED, Simulation, StaysThere, outline, simulation
+    from vlmtune.planner.kernels import CPU, Kernels
+    from vlmtune.planner.ledger import Outline
+    from vlmtune.planner.simulation import NO_ROWS, NOT_SIMULATED, Simulation, StaysThere, outline, simulation
     from vlmtune.trainer import sft_config
 
     if not setting.whole:

@@ -25,10 +25,10 @@ import typer
 from pages import markdown, put
 from stacks import TRL, TUTORIAL, Stack, padded, pictured, simulated
 
-from vlmtune import cards
-from vlmtune.cards import Card, find_card
-from vlmtune.forecast import Work
-from vlmtune.forecasting import ALLOWANCE_GIB, CONTEXT_GIB, GIB, Forecaster
+from vlmtune.plan import cards
+from vlmtune.plan.cards import Card, find_card
+from vlmtune.plan.forecast import Work
+from vlmtune.planner.forecasting import ALLOWANCE_GIB, CONTEXT_GIB, GIB, Forecaster
 
 TEXT_TOKENS = 378  # of a row, as in flops.py
 ROWS_PER_STEP = 32

@@ -1,4 +1,4 @@
-"""How others train the same adapter, for `vlmtune.simulation`: which weights have which dtype, which loss, which hooks.
+"""How others train the same adapter, for `vlmtune.planner.simulation`: which weights have which dtype, which loss, which hooks.
 
 vlmtune's own stack is a recipe; these are stated in code, each line as the stack's sources have it. All run on today's
 modeling code: what a model computed otherwise in the versions that a stack stands for is not in them.
@@ -21,12 +21,12 @@ from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from vlmtune.families import find_family
-from vlmtune.kernels import CUDA, Kernels
-from vlmtune.ledger import Outline
-from vlmtune.material import Material, read_material
 from vlmtune.model import add_adapter, outline_base
+from vlmtune.planner.kernels import CUDA, Kernels
+from vlmtune.planner.ledger import Outline
+from vlmtune.planner.material import Material, read_material
+from vlmtune.planner.simulation import NO_ROWS, NOT_SIMULATED, Simulation, StaysThere
 from vlmtune.recipe import LoraSection, ModelSection, load_recipe
-from vlmtune.simulation import NO_ROWS, NOT_SIMULATED, Simulation, StaysThere
 
 QV = LoraSection(r=8, alpha=16, dropout=0.05, targets=["q_proj", "v_proj"])
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmtune.allocator import MIB, CachingAllocator, Reserved, replay, rounded, segment_size
+from vlmtune.planner.allocator import MIB, CachingAllocator, Reserved, replay, rounded, segment_size
 
 KIB = 1024
 

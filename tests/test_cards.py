@@ -2,9 +2,9 @@ import dataclasses
 
 import pytest
 
-from vlmtune.cards import CARDS, CARDS_24GB, Card, find_card, seconds, smallest_card, speed, verdict
 from vlmtune.errors import RecipeError
-from vlmtune.forecast import Work
+from vlmtune.plan.cards import CARDS, CARDS_24GB, Card, find_card, seconds, smallest_card, speed, verdict
+from vlmtune.plan.forecast import Work
 
 ROUND = Card("round", visible_gib=20.0, tflops=100, gb_per_second=1000, matmul_efficiency=0.5, dollars_per_hour=3.6)
 

@@ -12,8 +12,18 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from vlmtune.attention import IMPLEMENTATION, kernel_for
-from vlmtune.kernels import CPU, CUDA, CUDA_BEFORE_AMPERE, Device, Kernels, _beside_result, _described, scratch_on, stand_ins
-from vlmtune.ledger import Ledger
+from vlmtune.planner.kernels import (
+    CPU,
+    CUDA,
+    CUDA_BEFORE_AMPERE,
+    Device,
+    Kernels,
+    _beside_result,
+    _described,
+    scratch_on,
+    stand_ins,
+)
+from vlmtune.planner.ledger import Ledger
 
 HALF, FULL = torch.bfloat16, torch.float32
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # of a matrix of 8 × 8

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from vlmtune.errors import ModelError
-from vlmtune.ledger import Event, Ledger, Outline, Where, alive, peak, to_meta
+from vlmtune.planner.ledger import Event, Ledger, Outline, Where, alive, peak, to_meta
 
 
 def a_ledger(scratch: int = 0) -> Ledger:

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from vlmtune import finetune, load_recipe
-from vlmtune.cards import CARDS, Card, find_card
 from vlmtune.errors import DatasetError, ModelError, RecipeError, VlmtuneError
-from vlmtune.fitting import CHECKPOINTING, Search, Tried
-from vlmtune.forecast import FILLING, Plan
 from vlmtune.plan import make_plan
-from vlmtune.planning import Workshop, answer, plan_recipe
+from vlmtune.plan.cards import CARDS, Card, find_card
+from vlmtune.plan.forecast import FILLING, Plan
+from vlmtune.planner.fitting import CHECKPOINTING, Search, Tried
+from vlmtune.planner.process import Workshop, answer, plan_recipe
 
 MakeRecipe = Callable[..., dict[str, Any]]
 REFERENCES = ("qwen2vl_amazon", "llama32_vision_amazon", "pixtral_amazon")
@@ -148,7 +148,7 @@ def test_rows_that_are_too_long_are_named_as_in_training(recipe: MakeRecipe) -> 
 
 
 def test_an_unknown_operator_lowers_the_confidence(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlmtune.forecasting.KNOWN", ("aten", "prims"))
+    monkeypatch.setattr("vlmtune.planner.forecasting.KNOWN", ("aten", "prims"))
     plan = plan_here(recipe(**{"model.quantization": "nf4"}))
     assert plan.confidence == "low"
     assert any("bitsandbytes::gemm_4bit" in note for note in plan.forecast.notes)

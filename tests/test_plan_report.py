@@ -8,10 +8,10 @@ import pytest
 from rich.console import Console
 
 from vlmtune.errors import OutputError, RecipeError
-from vlmtune.forecast import Batch, Forecast, Memory, Plan, Setting, Speed, Work
-from vlmtune.plan_page import draw, html, write_html
-from vlmtune.plan_report import Report, show
-from vlmtune.plan_words import describe, overrides, verdict
+from vlmtune.plan.forecast import Batch, Forecast, Memory, Plan, Setting, Speed, Work
+from vlmtune.plan.page import draw, html, write_html
+from vlmtune.plan.report import Report, show
+from vlmtune.plan.words import describe, overrides, verdict
 
 HOSTILE = "[red]<script>alert('x')</script>[/] $a_b$"
 

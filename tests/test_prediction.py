@@ -12,9 +12,9 @@ import torch
 
 from vlmtune import finetune, load_recipe
 from vlmtune.errors import ModelError
-from vlmtune.forecast import Plan
-from vlmtune.measurements import card_here, keep, measured
-from vlmtune.planning import answer
+from vlmtune.plan.forecast import Plan
+from vlmtune.plan.measurements import card_here, keep, measured
+from vlmtune.planner.process import answer
 from vlmtune.prediction import Gauge, in_words, missing, planned
 from vlmtune.trainer import Trainer
 

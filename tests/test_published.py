@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from vlmtune.collator import MultimodalCollator
 from vlmtune.errors import DatasetError, RecipeError
 from vlmtune.families import find_family
-from vlmtune.published import published_config, published_processor
-from vlmtune.stated import stated_rows
+from vlmtune.planner.published import published_config, published_processor
+from vlmtune.planner.stated import stated_rows
 
 QWEN, LLAMA = "Qwen/Qwen2-VL-7B-Instruct", "meta-llama/Llama-3.2-11B-Vision-Instruct"
 PIXTRAL, LLAMA_1 = "mistral-community/pixtral-12b", "huggyllama/llama-7b"
@@ -309,7 +309,9 @@ def texts(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def test_a_template_of_trls_is_read_without_importing_trl() -> None:
-    code = f"import sys; from vlmtune.published import published_processor as p; p({QWEN!r}); sys.exit('trl' in sys.modules)"
+    code = (
+        f"from vlmtune.planner import published as p; p.published_processor({QWEN!r}); import sys; exit('trl' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

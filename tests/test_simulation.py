@@ -15,10 +15,10 @@ from transformers import AttentionInterface
 from vlmtune.attention import IMPLEMENTATION
 from vlmtune.collator import MultimodalCollator
 from vlmtune.errors import ModelError
-from vlmtune.kernels import CPU, CUDA, CUDA_BEFORE_AMPERE, Device
 from vlmtune.model import load_config, load_processor, positions_model
+from vlmtune.planner.kernels import CPU, CUDA, CUDA_BEFORE_AMPERE, Device
+from vlmtune.planner.simulation import Outcome, Simulation, outline, simulation
 from vlmtune.recipe import load_recipe
-from vlmtune.simulation import Outcome, Simulation, outline, simulation
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import memory

@@ -449,7 +449,8 @@ class Mortal(type(own)):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().encode(core, batch)
 
-finetune(sys.argv[1], family=Mortal(**{**{entry.name: getattr(own, entry.name) for entry in fields(own)}, "pictures_at_once": 1}))
+known = {entry.name: getattr(own, entry.name) for entry in fields(own)}
+finetune(sys.argv[1], family=Mortal(**known | {"pictures_at_once": 1}))
 """
 
 

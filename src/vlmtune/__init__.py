@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from vlmtune.collator import MultimodalCollator
     from vlmtune.errors import DatasetError, ImageError, ModelError, OutputError, RecipeError, VlmtuneError
     from vlmtune.families import Family
-    from vlmtune.forecast import Plan
     from vlmtune.merge import merge_adapter
     from vlmtune.messages import format_messages
     from vlmtune.model import load_model
     from vlmtune.plan import make_plan
+    from vlmtune.plan.forecast import Plan
     from vlmtune.recipe import Recipe, load_recipe
     from vlmtune.result import Run
     from vlmtune.training import finetune
@@ -33,7 +33,7 @@ _HOMES = {
     "ModelError": "errors",
     "MultimodalCollator": "collator",
     "OutputError": "errors",
-    "Plan": "forecast",
+    "Plan": "plan.forecast",
     "Recipe": "recipe",
     "RecipeError": "errors",
     "Run": "result",

@@ -139,7 +139,7 @@ def outline_base(section: ModelSection, family: Family, config: Any) -> PreTrain
         model: PreTrainedModel = auto.from_config(copy.deepcopy(config), dtype=dtype, **options)
     quantization = quantization_config(section, family, dtype)
     if quantization is not None:  # as `from_pretrained` does it before and after the weights
-        quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
+        quantizer: Any = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
         quantizer.preprocess_model(model, device_map={"": "meta"})
         for module in model.modules():
             if isinstance(module, bnb.nn.Linear4bit):
@@ -171,11 +171,11 @@ def _outline_four_bit(layer: bnb.nn.Linear4bit, dtype: torch.dtype) -> None:
         offset=empty(),
         state2=nested,
     )
-    weight = torch.empty((-(-size // 2), 1), dtype=torch.float32, device="meta").to(torch.uint8)
-    layer.weight = bnb.nn.Params4bit(
-        weight, requires_grad=False, quant_state=state, blocksize=64, quant_type="nf4", module=layer, bnb_quantized=True
-    )
-    layer.quant_state = state
+    packed = torch.empty((-(-size // 2), 1), dtype=torch.float32, device="meta").to(torch.uint8)
+    four_bit: Any = bnb.nn.Params4bit  # its arguments are its `__new__`'s, which pyright does not see
+    options = {"quant_state": state, "blocksize": 64, "quant_type": "nf4", "module": layer, "bnb_quantized": True}
+    layer.weight = four_bit(packed, requires_grad=False, **options)
+    vars(layer)["quant_state"] = state
     _outline_bias(layer, dtype)
 
 
@@ -184,7 +184,8 @@ def _outline_eight_bit(layer: bnb.nn.Linear8bitLt, dtype: torch.dtype) -> None:
     layer.state.threshold = 0.0
     rows = torch.empty(layer.weight.shape, dtype=torch.float32, device="meta").to(torch.int8)
     scales = torch.empty(layer.out_features, dtype=torch.float32, device="meta")
-    layer.weight = bnb.nn.Int8Params(rows, requires_grad=False, has_fp16_weights=False, CB=rows, SCB=scales)
+    eight_bit: Any = bnb.nn.Int8Params
+    layer.weight = eight_bit(rows, requires_grad=False, has_fp16_weights=False, CB=rows, SCB=scales)
     _outline_bias(layer, dtype)
 
 

@@ -14,10 +14,10 @@ from transformers import TrainerCallback
 
 from vlmtune.console import console
 from vlmtune.errors import RecipeError, VlmtuneError
-from vlmtune.forecast import FILLING, Plan
-from vlmtune.measurements import card_here, keep
 from vlmtune.plan import make_plan
-from vlmtune.plan_report import show
+from vlmtune.plan.forecast import FILLING, Plan
+from vlmtune.plan.measurements import card_here, keep
+from vlmtune.plan.report import show
 from vlmtune.recipe import Recipe, load_recipe
 
 GIB = 2**30

@@ -31,9 +31,9 @@ from vlmtune.console import console, decisions, is_main_process
 from vlmtune.data import SHOWN, Rows, Split, spread
 from vlmtune.errors import ModelError, OutputError, RecipeError, VlmtuneError
 from vlmtune.families import Family
-from vlmtune.forecast import Plan
 from vlmtune.model import compute_dtype, load_model, match_adapter_dtype, parameter_counts, use_checkpointing
 from vlmtune.output import MARK, claim, disk_errors, last_checkpoint
+from vlmtune.plan.forecast import Plan
 from vlmtune.prediction import Gauge, chosen_before, in_words, planned, remedy
 from vlmtune.recipe import Recipe, load_recipe
 from vlmtune.result import Run, answer_options, evaluate, save

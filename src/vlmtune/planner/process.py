@@ -1,4 +1,4 @@
-"""The process of a plan, `python -m vlmtune.planning REQUEST ANSWER`: reads the rows, simulates steps, writes what came out.
+"""`python -m vlmtune.planner.process REQUEST REPLY`: reads the rows, simulates steps, writes what came out.
 
 It has no weights and no GPU, and it changes functions of torch and TRL while a step is simulated. `plan` starts it.
 """
@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from vlmtune.cards import Card, find_card
 from vlmtune.errors import VlmtuneError, one_line
-from vlmtune.fitting import Overrides, Search, Tried
-from vlmtune.forecast import Forecast, Plan
-from vlmtune.forecasting import Forecaster
-from vlmtune.material import Material, read_material
+from vlmtune.plan.cards import Card, find_card
+from vlmtune.plan.forecast import Forecast, Plan
+from vlmtune.planner.fitting import Overrides, Search, Tried
+from vlmtune.planner.forecasting import Forecaster
+from vlmtune.planner.material import Material, read_material
 from vlmtune.recipe import Recipe, load_recipe
 
 NOBODYS_CARD = "24GB"  # where no card is named and none is here
@@ -145,8 +145,8 @@ def main(request: Path, reply: Path) -> None:
     except VlmtuneError as error:
         found = json.dumps({"error": type(error).__name__, "message": str(error)})
     except Exception as error:  # of the model's own code, which meets tensors without values
-        sentence = f"this recipe's model cannot be simulated ({type(error).__name__}: {one_line(error)}); what it needs is unknown"
-        found = json.dumps({"error": "ModelError", "message": sentence})
+        why = f"{type(error).__name__}: {one_line(error)}"
+        found = json.dumps({"error": "ModelError", "message": f"the model cannot be simulated, its memory is unknown ({why})"})
     reply.write_text(found, encoding="utf-8")
 
 

@@ -19,11 +19,8 @@ from torch.utils._pytree import tree_map_only
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import SFTTrainer
 
-from vlmtune.allocator import replay, rounded
 from vlmtune.errors import ModelError, one_line
 from vlmtune.families import Family
-from vlmtune.kernels import CUBLAS, Device, Kernels, scratch_on, stand_ins
-from vlmtune.ledger import Event, Ledger, Outline, Where, alive, peak, to_meta
 from vlmtune.model import (
     add_adapter,
     attend_by_row,
@@ -33,6 +30,9 @@ from vlmtune.model import (
     part_of,
     use_checkpointing,
 )
+from vlmtune.planner.allocator import replay, rounded
+from vlmtune.planner.kernels import CUBLAS, Device, Kernels, scratch_on, stand_ins
+from vlmtune.planner.ledger import Event, Ledger, Outline, Where, alive, peak, to_meta
 from vlmtune.recipe import Recipe
 from vlmtune.trainer import Trainer, sft_config
 

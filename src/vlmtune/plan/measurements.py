@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlmtune.cards import find_card
 from vlmtune.errors import RecipeError
+from vlmtune.plan.cards import find_card
 
 
 def card_here() -> str | None:

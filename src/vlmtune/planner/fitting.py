@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlmtune import cards
-from vlmtune.cards import Card, find_card, smallest_card
 from vlmtune.console import progress
-from vlmtune.forecast import Forecast
-from vlmtune.material import Material, plain_config
+from vlmtune.plan import cards
+from vlmtune.plan.cards import Card, find_card, smallest_card
+from vlmtune.plan.forecast import Forecast
+from vlmtune.planner.material import Material, plain_config
 from vlmtune.recipe import Recipe
 from vlmtune.trainer import checkpoint_every
 

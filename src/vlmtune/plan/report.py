@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from vlmtune.console import console
-from vlmtune.forecast import FITS_BELOW, Plan
-from vlmtune.plan_words import CHOSEN, PHASES, VERDICTS, Sheet, expected, gib, kinds, overrides, simulated, verdict
+from vlmtune.plan.forecast import FITS_BELOW, Plan
+from vlmtune.plan.words import CHOSEN, PHASES, VERDICTS, Sheet, expected, gib, kinds, overrides, simulated, verdict
 
 WIDEST = 120  # columns
 BLOCKS = " ▁▂▃▄▅▆▇█"

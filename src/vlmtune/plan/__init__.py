@@ -1,6 +1,6 @@
 """`python -m vlmtune.plan RECIPE`: what a recipe needs and takes on a card, before there is one.
 
-The plan itself is made in a process of its own (`planning`), which simulates steps; this one only asks for it and shows it.
+The plan is made in a process of its own (`planner.process`), which simulates steps; this one asks for it and shows it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Annotated, Any
 import typer
 
 from vlmtune import errors
-from vlmtune.console import command_line, console
+from vlmtune.console import console
 from vlmtune.errors import ModelError
-from vlmtune.forecast import Plan
-from vlmtune.measurements import card_here, measured
-from vlmtune.plan_page import draw, write_html
-from vlmtune.plan_report import show
+from vlmtune.plan.forecast import Plan
+from vlmtune.plan.measurements import card_here, measured
+from vlmtune.plan.page import draw, write_html
+from vlmtune.plan.report import show
 from vlmtune.recipe import Recipe, parse_overrides
 
 
@@ -76,7 +76,7 @@ def _answered(asked: Mapping[str, Any], *, quiet: bool) -> dict[str, Any]:
         # a GPU that is here stays out of it, and so does torchrun
         inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         done = subprocess.run(
-            [sys.executable, "-m", "vlmtune.planning", str(request), str(reply)],
+            [sys.executable, "-m", "vlmtune.planner.process", str(request), str(reply)],
             env={**inherited, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
             stdout=sys.stderr if quiet else None,
             check=False,
@@ -108,7 +108,3 @@ def command(
                 console.print(f"written: {path}", highlight=False)
     if not plan.fits:
         raise typer.Exit(1)
-
-
-if __name__ == "__main__":
-    command_line(plan=command)

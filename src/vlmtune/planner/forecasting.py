@@ -7,17 +7,17 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
-from vlmtune import cards
 from vlmtune.batching import Row, micro_batches, passes, rows_per_step
-from vlmtune.cards import Card, find_card
 from vlmtune.errors import ModelError
-from vlmtune.forecast import FILLING, Batch, Forecast, Memory, Setting, Speed, Work
-from vlmtune.kernels import CUDA, CUDA_BEFORE_AMPERE
-from vlmtune.ledger import Outline, Where
-from vlmtune.material import Material, pictures_of, plain_config
 from vlmtune.model import positions_model
+from vlmtune.plan import cards
+from vlmtune.plan.cards import Card, find_card
+from vlmtune.plan.forecast import FILLING, Batch, Forecast, Memory, Setting, Speed, Work
+from vlmtune.planner.kernels import CUDA, CUDA_BEFORE_AMPERE
+from vlmtune.planner.ledger import Outline, Where
+from vlmtune.planner.material import Material, pictures_of, plain_config
+from vlmtune.planner.simulation import Outcome, Simulation, outline, simulation
 from vlmtune.recipe import Recipe, load_recipe
-from vlmtune.simulation import Outcome, Simulation, outline, simulation
 from vlmtune.trainer import checkpoint_every
 
 GIB = 2**30

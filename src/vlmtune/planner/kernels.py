@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes  # pyright: igno
 from transformers import AttentionInterface
 
 from vlmtune.attention import IMPLEMENTATION, Kernel, packed_attention, takes_varlen
-from vlmtune.ledger import to_meta
+from vlmtune.planner.ledger import to_meta
 
 aten = torch.ops.aten
 HALF = (torch.float16, torch.bfloat16)

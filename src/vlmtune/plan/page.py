@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmtune.errors import RecipeError
-from vlmtune.forecast import FITS_BELOW, Plan
 from vlmtune.output import disk_errors
-from vlmtune.plan_words import CHOSEN, PHASES, VERDICTS, Sheet, describe, expected, gib, kinds, overrides, simulated, verdict
+from vlmtune.plan.forecast import FITS_BELOW, Plan
+from vlmtune.plan.words import CHOSEN, PHASES, VERDICTS, Sheet, describe, expected, gib, kinds, overrides, simulated, verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
 
-from vlmtune.forecast import Forecast, Plan, Setting
+from vlmtune.plan.forecast import Forecast, Plan, Setting
 
 VERDICTS = {"fits": "#2e8b57", "tight": "#c98a00", "no": "#d0453a"}  # colours legible on black and on white
 PHASES = {"forward": "#4e8fd0", "backward": "#e08a3c", "optimiser": "#4fa36c"}

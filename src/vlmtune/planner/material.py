@@ -14,9 +14,9 @@ from vlmtune.data import Rows, spread
 from vlmtune.errors import DatasetError, ModelError, RecipeError
 from vlmtune.families import Family, find_family
 from vlmtune.model import bound_pixels, load_config, read_processor
-from vlmtune.published import published_config, published_processor
+from vlmtune.planner.published import published_config, published_processor
+from vlmtune.planner.stated import stated_rows
 from vlmtune.recipe import Recipe
-from vlmtune.stated import stated_rows
 from vlmtune.trainer import sft_config
 
 NOT_FOR_PLANS: dict[str, Any] = {"use_cpu": True, "tf32": None, "report_to": "none"}

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from math import inf
 
 from vlmtune.errors import RecipeError
-from vlmtune.forecast import FITS_BELOW, Speed, Verdict, Work
+from vlmtune.plan.forecast import FITS_BELOW, Speed, Verdict, Work
 from vlmtune.plugins import did_you_mean
 
 LAUNCH_SECONDS = 6e-6  # to start a kernel: a step is never faster than that for each of its kernels

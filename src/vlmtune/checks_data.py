@@ -1,0 +1,226 @@
+"""Pictures, lengths and the machine: what is known of a run from headers, numbers and settings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from packaging.requirements import Requirement
+
+from vlmtune.checks import NAMED, Check, Finding, Patient, failure, named, ok, warning
+from vlmtune.collator import pictures
+from vlmtune.data import Rows
+from vlmtune.model import compute_dtype
+
+DOMINATES = 0.8  # share of a row's tokens
+MANY = 1024  # tokens of a row's pictures: below that they cost little, whatever their share
+BARS = "▁▂▃▄▅▆▇█"
+BINS = 16
+# settings of image processors and, where a tower has one to match, of its config
+SETTINGS = {"patch_size": "patch_size", "merge_size": "spatial_merge_size", "temporal_patch_size": "temporal_patch_size"}
+SETTINGS |= {"max_image_tiles": "max_num_tiles"}
+WEIGHTS = {"nf4": 0.3, "int8": 0.55, "none": 1.0}  # of the bytes of a 16-bit checkpoint, in memory
+TOO_LONG = {"raise": "the run is refused", "drop": "they are left out", "shrink": "their pictures are made smaller"}
+
+
+def tower_settings(patient: Patient) -> Finding:
+    """Patches are cut by the processor and counted by the tower: both have the number."""
+    vision = getattr(patient.config, "vision_config", None)
+    if not patient.takes_images or vision is None:
+        return ok("the model takes no pictures")
+    there = patient.collator.processor.image_processor
+    compared: list[str] = []
+    for name, of_tower in SETTINGS.items():
+        given, wanted = _edge(getattr(there, name, None)), _edge(getattr(vision, of_tower, None))
+        if given is None or wanted is None:
+            continue
+        compared.append(name)
+        if given != wanted:
+            return failure(
+                f"the processor has {name} {given} and the vision tower {of_tower} {wanted}",
+                "use the preprocessor_config.json that comes with these weights",
+            )
+    return ok(f"processor and vision tower agree in {', '.join(compared)}" if compared else "nothing that both would state")
+
+
+def small_pictures(patient: Patient) -> Finding:
+    vision = getattr(patient.config, "vision_config", None)
+    patch = _edge(getattr(vision, "patch_size", None))
+    if not patient.takes_images or patch is None:
+        return ok("the model takes no pictures" if not patient.takes_images else "the size of a patch is not stated")
+    least = patch * (getattr(vision, "spatial_merge_size", None) or 1)
+    small: list[str] = []
+    for row in patient.rows:
+        for source in pictures(row):
+            width, height = patient.collator.album.size(source)
+            if min(width, height) < least:
+                small.append(f"{row['name']} ({width}×{height})")
+    if small:
+        return warning(
+            f"{named(small)}: smaller than the {least}×{least} pixels of one token", "leave them out, or find the originals"
+        )
+    return ok(f"none is smaller than the {least}×{least} pixels of one token")
+
+
+def dominating_pictures(patient: Patient) -> Finding:
+    if not patient.takes_images:
+        return ok("the model takes no pictures")
+    never = torch.tensor(sorted(patient.collator.family.image_token_ids(patient.collator.processor)))
+    largest, dominated = 0.0, list[str]()
+    for each in patient.encoded:
+        seen = int(torch.isin(each.ids, never).sum())
+        largest = max(largest, seen / len(each.ids))
+        if seen > MANY and seen > DOMINATES * len(each.ids):
+            dominated.append(f"{each.name} ({seen:,} of {len(each.ids):,} tokens)")
+    if dominated:
+        return warning(
+            f"{named(dominated)}: the pictures are nearly all of the row",
+            "lower images.max_pixels: tokens, memory and time fall with the area",
+        )
+    return ok(f"at most {largest:.0%} of a row's tokens")
+
+
+def duplicates(patient: Patient) -> Finding:
+    """A picture with several questions is fine; the same row twice is not."""
+    first: dict[str, str] = {}
+    repeated: list[str] = []
+    seen: set[str] = set()
+    rows, count = patient.split.train, 0
+    for position in patient.some(rows):
+        row = rows[position]
+        prints = [patient.collator.album.fingerprint(source) for source in pictures(row)]
+        count += len(prints)
+        seen.update(prints)
+        texts = [part["text"] for message in row["messages"] for part in message["content"] if part["type"] == "text"]
+        earlier = first.setdefault(repr((prints, texts)), rows.name(position))
+        if earlier != rows.name(position):
+            repeated.append(f"{rows.name(position)} (as {earlier})")
+    if repeated:
+        return warning(
+            f"{named(repeated)}: the same pictures and texts again, {len(repeated)} rows in all",
+            "leave repetitions out: they are learnt by heart",
+        )
+    return ok(f"no row stands twice; {count} pictures, {len(seen)} of them distinct")
+
+
+def held_out_pictures(patient: Patient) -> Finding:
+    """Accuracy on pictures that were trained on says nothing."""
+    if patient.split.held_out is None or not patient.takes_images:
+        return ok("no rows are held out" if patient.split.held_out is None else "the model takes no pictures")
+    trained = _places(patient, patient.split.train)
+    both = [(name, trained[key]) for key, name in _places(patient, patient.split.held_out).items() if key in trained]
+    if both:
+        shown = named([f"{held_out} (as {name})" for held_out, name in both])
+        return warning(
+            f"{len(both)} held-out pictures are trained on too: {shown}", "keep all rows of a picture on one side of the split"
+        )
+    return ok("no held-out picture is trained on")
+
+
+def lengths(patient: Patient) -> list[Finding]:
+    """Tokens of all rows, and what becomes of those over the limit."""
+    if not patient.lengths:
+        return [ok("no rows were counted")]
+    limit = patient.collator.max_length
+    counts = sorted(patient.lengths.values())
+    few, half, most = (counts[round((len(counts) - 1) * share)] for share in (0.05, 0.5, 0.95))
+    bound = f"limit {limit:,}" if limit else "no limit"
+    shown = f"{chart(counts)}  5 % {few:,}, half {half:,}, 95 % {most:,}, longest {counts[-1]:,} tokens; {bound}"
+    longer = [f"{name} ({count:,})" for name, count in patient.lengths.items() if limit is not None and count > limit]
+    if not longer:
+        return [ok(shown)]
+    policy = patient.recipe.on_too_long
+    found = f"{len(longer)} of {len(counts)} rows are over the limit, {named(longer)}: `on_too_long` is {policy}, so "
+    judge = failure if policy == "raise" or len(longer) == len(counts) else warning
+    return [
+        ok(shown),
+        judge(found + TOO_LONG[policy], "shorten them, lower images.max_pixels or raise train.max_length, or say `on_too_long: drop`"),
+    ]
+
+
+def versions(patient: Patient) -> Finding:
+    old: list[str] = []
+    checked = 0
+    for text in patient.machine.requires:
+        wanted = Requirement(text)
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+            continue
+        checked += 1
+        try:
+            there = version(wanted.name)
+        except PackageNotFoundError:
+            there = "missing"
+        if there == "missing" or not wanted.specifier.contains(there, prereleases=True):
+            old.append(f"{wanted.name} is {there} and should be {wanted.specifier or 'there'}")
+    if old:
+        packages = " ".join(f"'{re.split(' is ', each)[0]}{each.partition('should be ')[2]}'" for each in old[:NAMED])
+        return failure(named(old), f"pip install --upgrade {packages}".replace("there'", "'"))
+    return ok(f"{checked} packages are of the versions that vlmtune needs")
+
+
+def bfloat16(patient: Patient) -> Finding:
+    dtype = str(compute_dtype(patient.recipe.model)).removeprefix("torch.")
+    if dtype == "bfloat16" and not patient.machine.bf16:
+        return failure(
+            "the run computes in bfloat16, and this card does not", "set `model.dtype: float16`, or use a card from Ampere on"
+        )
+    return ok(f"computed in {dtype}" + ("" if patient.machine.bf16 else "; the card has no bfloat16"))
+
+
+def memory(patient: Patient) -> Finding:
+    """Weights only, and only where they lie here: `vlmtune.plan` simulates the step."""
+    files = list(Path(patient.recipe.model.name).expanduser().glob("*.safetensors"))
+    if not files:
+        return ok("the weights are not here: `python -m vlmtune.plan` tells what the run needs")
+    need = round(sum(file.stat().st_size for file in files) * WEIGHTS[patient.recipe.model.quantization])
+    said = f"the weights take about {gib(need)}, and {gib(patient.machine.free_memory)} are free"
+    if need > patient.machine.free_memory:
+        return failure(said, "close what else uses the memory, quantise (`model.quantization: nf4`), or take a larger machine")
+    return ok(said)
+
+
+DATA: Mapping[str, Check] = {
+    "images: processor and tower": tower_settings,
+    "images: smaller than a patch": small_pictures,
+    "images: dominating": dominating_pictures,
+    "images: duplicates": duplicates,
+    "images: in train and eval": held_out_pictures,
+    "length: tokens": lengths,
+}
+ENVIRONMENT: Mapping[str, Check] = {
+    "environment: versions": versions,
+    "environment: bfloat16": bfloat16,
+    "environment: memory": memory,
+}
+
+
+def chart(counts: Sequence[int]) -> str:
+    """How many of the numbers lie in each of `BINS` equal parts from 0 to the largest: `▁▃█▅▁▁▁▁`."""
+    heights = [0] * BINS
+    for count in counts:
+        heights[min(count * BINS // (max(counts) + 1), BINS - 1)] += 1
+    return "".join(BARS[-(-height * (len(BARS) - 1) // max(heights))] for height in heights)
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"
+
+
+def _places(patient: Patient, rows: Rows) -> dict[str, str]:
+    """Fingerprint of each picture → the first row that has it."""
+    places: dict[str, str] = {}
+    for position in patient.some(rows):
+        for source in pictures(rows[position]):
+            places.setdefault(patient.collator.album.fingerprint(source), rows.name(position))
+    return places
+
+
+def _edge(value: Any) -> int | None:
+    """A size that is a number, or a mapping with a height."""
+    if value is None or isinstance(value, int):
+        return value
+    return value.get("height") if isinstance(value, Mapping) else getattr(value, "height", None)
