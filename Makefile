@@ -25,7 +25,7 @@ demo: $(INSTALLED)  ## fine-tune a small vision-language model on the CPU, offli
 	$(BIN)/python -m vlmtune.run recipes/demo.yaml --overwrite $(DEMO_FLAGS)
 
 test: lint  ## lint, types and all tests that need no GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_FLAGS)
 
 lint: $(INSTALLED)  ## ruff, import-linter, pyright
 	$(BIN)/ruff check

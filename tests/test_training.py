@@ -15,7 +15,7 @@ from peft import PeftModel
 from processes import in_two_processes
 from tiny import KINDS
 
-from vlmtune import DatasetError, RecipeError, finetune, load_recipe
+from vlmtune import DatasetError, ModelError, RecipeError, finetune, load_recipe
 from vlmtune.console import console
 from vlmtune.merge import merge_adapter
 from vlmtune.model import load_base
@@ -156,3 +156,28 @@ def test_a_checkpoint_with_a_temperature_but_no_sampling_is_saved(
     path.write_text(json.dumps(json.loads(path.read_text()) | {"temperature": 0.9, "top_p": 0.6}))
     run = finetune(recipe(**{"model.name": str(tmp_path / "old"), "merge": True}))
     assert json.loads((run.adapter_dir / "merged" / "generation_config.json").read_text())["temperature"] == 0.9
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "mllama", "text"])
+def test_a_template_of_the_recipe_is_trained_with_and_saved(recipe: MakeRecipe, tmp_path: Path, kind: str) -> None:
+    plain = finetune(recipe(kind, **{"train.max_steps": 1}))
+    own = tmp_path / "own.jinja"
+    own.write_text("{{ 'NOTE: ' }}" + plain.prompter.chat_template)
+    run = finetune(recipe(kind, chat_template=str(own), **{"train.max_steps": 1}), overwrite=True)
+    ids = run.prompter([run.train_rows[0]])["input_ids"][0]
+    assert run.prompter.tokenizer.decode(ids).startswith("NOTE: ")
+    assert run.prompter.processor.chat_template == own.read_text()
+    assert "NOTE: " in (run.adapter_dir / "chat_template.jinja").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"), [(None, "cannot be read"), ("{{ messages[0].content }}", r"has no \{% generation %\} markers")]
+)
+def test_a_template_that_is_absent_or_marks_no_answers_is_refused(
+    recipe: MakeRecipe, tmp_path: Path, text: str | None, wanted: str
+) -> None:
+    own = tmp_path / "own.jinja"
+    if text is not None:
+        own.write_text(text)
+    with pytest.raises((RecipeError, ModelError), match=wanted):
+        finetune(recipe("mllama", chat_template=str(own)))

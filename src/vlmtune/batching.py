@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
@@ -13,6 +14,7 @@ from vlmtune.collator import MultimodalCollator, PackingCollator, pictures
 from vlmtune.console import progress
 from vlmtune.data import Rows, Split, find_bad_rows, load_data
 from vlmtune.errors import DatasetError, ModelError, RecipeError
+from vlmtune.families import Family
 from vlmtune.model import attend_by_row, positions_model
 from vlmtune.packing import BatchPlan, step_bounds
 from vlmtune.proof import packing_fault
@@ -50,6 +52,24 @@ def usable_rows(recipe: Recipe, seed: int, *, check_images: bool) -> Split:
 
     split = load_data(recipe.data, seed=seed)
     return split.without(bad, policy=recipe.on_bad_row, hint="set `on_bad_row: drop` to go on without them")
+
+
+def collator_of(recipe: Recipe, processor: Any, family: Family, config: Any) -> MultimodalCollator:
+    """The collator that a recipe trains with, for a model of this config.
+
+    Raises:
+        RecipeError: its chat template's file cannot be read.
+        ModelError: no chat template that the recipe can be trained with.
+
+    """
+    template: str | None = None
+    if recipe.chat_template is not None:
+        try:
+            template = Path(recipe.chat_template).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"`chat_template`: {recipe.chat_template} cannot be read: {error}") from None
+    longest = longest_row(recipe, config)
+    return MultimodalCollator(processor, family, recipe.train_on_inputs, max_length=longest, chat_template=template)
 
 
 def longest_row(recipe: Recipe, config: Any) -> int | None:

@@ -38,6 +38,7 @@ class MultimodalCollator:
         family: a `Family`, the name of one, or None to tell it from the processor.
         train_on_inputs: train on prompts too.
         max_length: longest row, in tokens.
+        chat_template: a template of one's own; None: as `training_template` finds it.
 
     Attributes:
         features: what the vision tower makes of the pictures, or None. A batch whose pictures are all in there has
@@ -58,6 +59,7 @@ class MultimodalCollator:
         train_on_inputs: bool = False,
         *,
         max_length: int | None = None,
+        chat_template: str | None = None,
     ) -> None:
         self.processor = processor
         self.family = find_family(family, processor=processor)
@@ -68,7 +70,7 @@ class MultimodalCollator:
         self._picture_tokens: dict[tuple[int, int], int] = {}  # width, height → tokens
         self._counters: dict[bool, TokenCounter] = {}
         self._sizes_only: dict[bool, Any] = {}  # processors without pixels: for plain texts, and for escaped ones
-        self.chat_template = training_template(processor, self.family, masked=not train_on_inputs)
+        self.chat_template = training_template(processor, self.family, masked=not train_on_inputs, given=chat_template)
         self._never_trained = self.family.image_token_ids(processor) | self.family.video_token_ids(processor)
         if self.tokenizer.pad_token is None:  # safe: padding is told by the attention mask
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -303,17 +305,24 @@ def _alone(source: Any) -> dict[str, Any]:
     return {"messages": [asked, {"role": "assistant", "content": [text]}]}
 
 
-def training_template(processor: Any, family: Family, *, masked: bool = True) -> str:
+def training_template(processor: Any, family: Family, *, masked: bool = True, given: str | None = None) -> str:
     """The chat template to train with; where `masked`, with `{% generation %}` markers around the answers.
 
-    In this order: the processor's own where it has markers; the family's; the one that TRL ships for the processor's own
-    (https://huggingface.co/docs/trl/chat_templates); for a text model that has no template at all, the plain texts; where
-    the loss is on prompts too, the processor's own without markers.
+    In this order: the one that is given; the processor's own where it has markers; the family's; the one that TRL ships for the
+    processor's own (https://huggingface.co/docs/trl/chat_templates); for a text model that has no template at all, the plain
+    texts; where the loss is on prompts too, the processor's own without markers.
 
     Raises:
         ModelError: none of these.
 
     """
+    if given is not None and masked and not has_markers(given):
+        raise ModelError(
+            "the chat template that is given has no {% generation %} markers, so that answers cannot be told from prompts: put "
+            "them around the answers and their stop tokens, or set `train_on_inputs: true`"
+        )
+    if given is not None:
+        return given
     own = processor.chat_template
     own = own.get("default") if isinstance(own, dict) else own
     if own and has_markers(own):

@@ -187,6 +187,7 @@ class Recipe(Section):
     images: ImagesSection = ImagesSection()
     lora: LoraSection = LoraSection()
     train_on_inputs: bool = False
+    chat_template: str | None = None  # a file with the training template; None: the family's, the processor's own, ...
     packing: PackingSection = PackingSection()
     vision_cache: VisionCacheSection = VisionCacheSection()
     plan: PlanSection = PlanSection()

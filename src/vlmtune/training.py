@@ -24,7 +24,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig
 
-from vlmtune.batching import Batching, Collator, batching, counted_rows, longest_row, passes, usable_rows
+from vlmtune.batching import Batching, Collator, batching, collator_of, counted_rows, passes, usable_rows
 from vlmtune.callbacks import HeldOutAnswers, ProgressBar
 from vlmtune.collator import MultimodalCollator
 from vlmtune.console import console, decisions, is_main_process
@@ -81,7 +81,7 @@ def finetune(
     set_seed(config.seed)
     split = usable_rows(checked, config.seed, check_images=checked.data.check_images)
     model, processor, found = load_model(checked, family=family)
-    prompter = MultimodalCollator(processor, found, checked.train_on_inputs, max_length=longest_row(checked, model.config))
+    prompter = collator_of(checked, processor, found, model.config)
     processor.chat_template = prompter.chat_template  # what is trained is what is saved, in checkpoints too
     if checkpoint is not None:
         _refuse_another_adapter(model, checkpoint)

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vlmtune.batching import Row, counted_rows, longest_row, rows_per_step, usable_rows
+from vlmtune.batching import Row, collator_of, counted_rows, rows_per_step, usable_rows
 from vlmtune.collator import MultimodalCollator, pictures
 from vlmtune.data import Rows, spread
 from vlmtune.errors import DatasetError, ModelError, RecipeError
@@ -75,9 +75,7 @@ def read_material(recipe: Recipe) -> Material:
     section = recipe.model
     config = published_config(section.name) or load_config(section)
     family = find_family(section.family, config=config)
-    collator = MultimodalCollator(
-        _processor(recipe, family), family, recipe.train_on_inputs, max_length=longest_row(recipe, config)
-    )
+    collator = collator_of(recipe, _processor(recipe, family), family, config)
     sft = plain_config(recipe)
     if recipe.data.text_tokens is not None:
         return _stated(recipe, config, collator, sft)

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -94,12 +95,12 @@ class Outcome:
     assumed: frozenset[str]
     cuda: bool
 
-    @property
+    @cached_property
     def peak(self) -> int:
         """Most bytes that are allocated at once."""
         return peak([*self.before, *self.events], self._rounded)[0]
 
-    @property
+    @cached_property
     def reserved(self) -> int:
         """Most bytes that the allocator reserves; a second step may find freed memory in smaller pieces than the first."""
         if not self.cuda:
