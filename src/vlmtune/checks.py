@@ -118,6 +118,7 @@ class Patient:
         rows: those of them that are looked at one by one.
         lengths: name of a row → its tokens, those included that are too long.
         load: brings the model with its adapter, when a check first asks for it.
+        few: rows whose loss is taken.
         most: rows of which pictures are compared.
 
     """
@@ -131,6 +132,7 @@ class Patient:
     lengths: Mapping[str, int] = field(default_factory=dict[str, int])
     collate: Callable[[Sequence[Row]], Mapping[str, Any]] | None = None
     machine: Machine = field(default_factory=Machine)
+    few: int = 4
     most: int = 10**9
 
     @cached_property
@@ -170,6 +172,12 @@ class Patient:
             keep = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))[0].bool()
             found.append(Encoded(str(row["name"]), row, batch["input_ids"][0][keep], batch["labels"][0][keep]))
         return found
+
+    @cached_property
+    def stop(self) -> int:
+        """The token that ends an answer; where there is none, the rows say so first, by their names."""
+        _ = self.encoded
+        return self.collator.stop_token_id
 
     def prompt(self, row: Row, turns: int) -> Tensor:
         """`[seq]`, what a model is asked by the first turns of a row; its pictures are blank and of the right size."""
@@ -241,6 +249,11 @@ def named(names: Sequence[str]) -> str:
     """`row 1 of a.jsonl, row 2 of a.jsonl, row 7 of a.jsonl and 12 more`."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return f"{', '.join(names[:NAMED])}{more}"
+
+
+def gib(size: float) -> str:
+    """Bytes in words."""
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"
 
 
 def _bare(part: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from packaging.requirements import Requirement
 
-from vlmtune.checks import NAMED, Check, Finding, Patient, failure, named, ok, warning
+from vlmtune.checks import Check, Finding, Patient, failure, gib, named, ok, warning
 from vlmtune.collator import pictures
 from vlmtune.data import Rows
 from vlmtune.model import compute_dtype
@@ -21,8 +20,12 @@ MANY = 1024  # tokens of a row's pictures: below that they cost little, whatever
 BARS = "▁▂▃▄▅▆▇█"
 BINS = 16
 # settings of image processors and, where a tower has one to match, of its config
-SETTINGS = {"patch_size": "patch_size", "merge_size": "spatial_merge_size", "temporal_patch_size": "temporal_patch_size"}
-SETTINGS |= {"max_image_tiles": "max_num_tiles"}
+SETTINGS = {
+    "patch_size": "patch_size",
+    "merge_size": "spatial_merge_size",
+    "temporal_patch_size": "temporal_patch_size",
+    "max_image_tiles": "max_num_tiles",
+}
 WEIGHTS = {"nf4": 0.3, "int8": 0.55, "none": 1.0}  # of the bytes of a 16-bit checkpoint, in memory
 TOO_LONG = {"raise": "the run is refused", "drop": "they are left out", "shrink": "their pictures are made smaller"}
 
@@ -138,28 +141,23 @@ def lengths(patient: Patient) -> list[Finding]:
     judge = failure if policy == "raise" or len(longer) == len(counts) else warning
     return [
         ok(shown),
-        judge(found + TOO_LONG[policy], "shorten them, lower images.max_pixels or raise train.max_length, or say `on_too_long: drop`"),
+        judge(
+            found + TOO_LONG[policy],
+            "shorten them, lower images.max_pixels or raise train.max_length, or say `on_too_long: drop`",
+        ),
     ]
 
 
 def versions(patient: Patient) -> Finding:
-    old: list[str] = []
-    checked = 0
-    for text in patient.machine.requires:
-        wanted = Requirement(text)
-        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
-            continue
-        checked += 1
-        try:
-            there = version(wanted.name)
-        except PackageNotFoundError:
-            there = "missing"
-        if there == "missing" or not wanted.specifier.contains(there, prereleases=True):
-            old.append(f"{wanted.name} is {there} and should be {wanted.specifier or 'there'}")
+    wanted = [Requirement(text) for text in patient.machine.requires]
+    wanted = [each for each in wanted if each.marker is None or each.marker.evaluate({"extra": ""})]
+    old = [(each, there) for each in wanted if not each.specifier.contains(there := _version(each.name), prereleases=True)]
     if old:
-        packages = " ".join(f"'{re.split(' is ', each)[0]}{each.partition('should be ')[2]}'" for each in old[:NAMED])
-        return failure(named(old), f"pip install --upgrade {packages}".replace("there'", "'"))
-    return ok(f"{checked} packages are of the versions that vlmtune needs")
+        return failure(
+            named([f"{each.name} is {there} and should be {each.specifier}" for each, there in old]),
+            f"pip install --upgrade {' '.join(repr(f'{each.name}{each.specifier}') for each, _ in old)}",
+        )
+    return ok(f"{len(wanted)} packages are of the versions that vlmtune needs")
 
 
 def bfloat16(patient: Patient) -> Finding:
@@ -183,7 +181,7 @@ def memory(patient: Patient) -> Finding:
     return ok(said)
 
 
-DATA: Mapping[str, Check] = {
+DATA: dict[str, Check] = {
     "images: processor and tower": tower_settings,
     "images: smaller than a patch": small_pictures,
     "images: dominating": dominating_pictures,
@@ -191,7 +189,7 @@ DATA: Mapping[str, Check] = {
     "images: in train and eval": held_out_pictures,
     "length: tokens": lengths,
 }
-ENVIRONMENT: Mapping[str, Check] = {
+ENVIRONMENT: dict[str, Check] = {
     "environment: versions": versions,
     "environment: bfloat16": bfloat16,
     "environment: memory": memory,
@@ -206,10 +204,6 @@ def chart(counts: Sequence[int]) -> str:
     return "".join(BARS[-(-height * (len(BARS) - 1) // max(heights))] for height in heights)
 
 
-def gib(size: float) -> str:
-    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"
-
-
 def _places(patient: Patient, rows: Rows) -> dict[str, str]:
     """Fingerprint of each picture → the first row that has it."""
     places: dict[str, str] = {}
@@ -217,6 +211,13 @@ def _places(patient: Patient, rows: Rows) -> dict[str, str]:
         for source in pictures(rows[position]):
             places.setdefault(patient.collator.album.fingerprint(source), rows.name(position))
     return places
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "0"  # not there
 
 
 def _edge(value: Any) -> int | None:

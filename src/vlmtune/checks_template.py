@@ -13,8 +13,9 @@ from vlmtune.collator import has_markers, pictures
 from vlmtune.errors import ModelError
 from vlmtune.evaluation import question
 
-# how chat templates write special tokens; `###` and words are plain text everywhere
-SPECIAL = re.compile(r"<\|[^\s<>|]+\|>|\[/?[A-Z][A-Z_]+\]|</?s>|</?[a-z_]*(?:start|end|bos|eos|ima?ge?)[a-z_]*>")
+# how chat templates write special tokens: `<|im_end|>`; and others, which may be plain text by intention, as Llama 2's [INST]
+SPECIAL = re.compile(r"(<[|｜][^\s<>]+[|｜]>)|\[/?[A-Z][A-Z_]+\]|</?[a-z_]+>")
+BORDER = 2  # tokens in which the end of a prompt may melt into an answer
 SHOWN = 40  # characters of two texts where they part
 
 
@@ -29,19 +30,24 @@ def missing(patient: Patient) -> Finding:
 
 
 def special_tokens(patient: Patient) -> Finding:
-    """The ChatGLM3 trap: `<|user|>` in the template is five tokens to the tokenizer, and no model ever saw them so."""
+    """The ChatGLM3 trap: the vocabulary has `<|user|>`, and the tokenizer makes five tokens of it, which no model ever saw."""
+    vocabulary = patient.tokenizer.get_vocab()
     written: dict[str, str] = {}  # special token → first row
     for row, text in _plain_renderings(patient):
-        for token in SPECIAL.findall(text):
-            written.setdefault(token, str(row["name"]))
+        for match in SPECIAL.finditer(text):
+            if match[1] or match[0] in vocabulary:
+                written.setdefault(match[0], str(row["name"]))
     split = {token: pieces for token in written if (pieces := _pieces(patient, token)) != 1}
     if not split:
         return ok(f"each of {len(written)} in the template is one token")
-    token, pieces = next(iter(split.items()))
-    others = f"; so are {named(list(split)[1:])}" if len(split) > 1 else ""
-    return failure(
-        f"{token} of the template is split into {pieces} tokens in {written[token]}{others}",
-        "use the template that belongs to this tokenizer, or add the token to it as a special token",
+    token, pieces = next(((token, split[token]) for token in split if token in vocabulary), next(iter(split.items())))
+    others = [other for other in split if other != token]
+    found = f"{token} of the template is split into {pieces} tokens in {written[token]}"
+    found += f"; so are {named(others)}" if others else ""
+    if token in vocabulary:
+        return failure(f"{found}, though the vocabulary has it", "add it to the tokenizer as a special token")
+    return warning(
+        found, "use the template that belongs to this tokenizer; it is right only where the model was pretrained with it"
     )
 
 
@@ -49,12 +55,19 @@ def prompt_prefix(patient: Patient) -> Finding:
     """What the model is asked is what stands before the answer that it learns."""
     for each in patient.encoded:
         prompt = patient.prompt(question(each.row), len(each.row["messages"]) - 1)
-        if (place := _parting(prompt, each.ids)) is not None:
-            return failure(
-                f"{each.name}: the prompt with the generation prompt is not how the training text begins; at token {place + 1} "
-                f"it has {_around(patient, prompt, place)} where training has {_around(patient, each.ids, place)}",
-                "have `add_generation_prompt` add exactly what the template writes before an answer",
+        if (place := _parting(prompt, each.ids)) is None:
+            continue
+        if place >= len(prompt) - BORDER:
+            return warning(
+                f"{each.name}: the prompt's end melts into the answer, {_around(patient, prompt, place)} becomes "
+                f"{_around(patient, each.ids, place)}",
+                "end the prompt without a space, or with a newline",
             )
+        return failure(
+            f"{each.name}: the prompt with the generation prompt is not how the training text begins; at token {place + 1} "
+            f"it has {_around(patient, prompt, place)} where training has {_around(patient, each.ids, place)}",
+            "have `add_generation_prompt` add exactly what the template writes before an answer",
+        )
     return ok(f"the prompt begins the training text in each of {len(patient.encoded)} rows")
 
 
@@ -74,18 +87,19 @@ def turn_prefix(patient: Patient) -> Finding:
 
 def placeholders(patient: Patient) -> Finding:
     """A template that knows only texts drops pictures without a word, and the run trains blind."""
-    token = getattr(patient.collator.processor, "image_token", None)
-    if not patient.takes_images or token is None:
-        return ok("the model takes no pictures" if not patient.takes_images else "the processor names no token for pictures")
+    if not patient.takes_images:
+        return ok("the model takes no pictures")
+    known = patient.tokenizer.convert_ids_to_tokens(sorted(patient.collator.family.image_token_ids(patient.collator.processor)))
     count = 0
     for row, text in _plain_renderings(patient, each_shape_once=False):
-        wanted, found = len(pictures(row)), text.count(token)
+        wanted, counts = len(pictures(row)), [text.count(token) for token in known]
         count += wanted
-        if wanted != found:
-            return failure(
-                f"{row['name']} has {wanted} picture{'s' * (wanted != 1)} and the template writes {token} {found} times",
-                f"have the template write {token} once for each part of type image",
-            )
+        if wanted in counts or (not any(counts) and text != patient.rendered(_harmless(row["messages"], pictures=False))):
+            continue  # or it has another way to write them
+        return failure(
+            f"{row['name']} has {wanted} picture{'s' * (wanted != 1)}, and the template writes placeholders for {max(counts)}",
+            "have the template write the placeholder once for each part of type image",
+        )
     return ok(f"{count} pictures, {count} placeholders")
 
 
@@ -148,27 +162,23 @@ def same_text(patient: Patient) -> Finding:
 
 
 def stop_trained(patient: Patient) -> Finding:
-    stop = patient.collator.stop_token_id
+    stop = patient.stop
     token = patient.tokenizer.convert_ids_to_tokens(stop)
+    special = set(patient.tokenizer.added_tokens_decoder)
     for each in patient.encoded:
-        learnt = int((each.labels == stop).sum())
         ends = [int(each.labels[end - 1]) for _, end in each.spans()]
-        cut = not patient.recipe.train_on_inputs and any(end != stop for end in ends)
-        if ends and (learnt < each.answers or cut):
-            lost = patient.tokenizer.pad_token_id == stop and learnt == 0
+        learnt = int((each.labels == stop).sum()) if patient.recipe.train_on_inputs else sum(end in special for end in ends)
+        if ends and learnt < each.answers:
             return failure(
-                f"{each.name}: {learnt} of {each.answers} answers end with a trained stop token, {token}"
-                + ("; it is the padding token too, and was masked as padding" if lost else ""),
-                "tell padding by the attention mask and never by its id, or give the tokenizer a padding token of its own"
-                if lost
-                else "have the template's {% generation %} block hold the token that ends the answer",
+                f"{each.name}: {learnt} of {each.answers} answers end with a trained stop token, {token}",
+                "have the template's {% generation %} block hold the token that ends the answer, and mask it nowhere",
             )
     return ok(f"{token} ends every trained answer")
 
 
 def stop_is_not_padding(patient: Patient) -> Finding:
     """Pad = stop is fine where padding is told by the mask, and lost where the next tool tells it by the id."""
-    pad, stop = patient.tokenizer.pad_token_id, patient.collator.stop_token_id
+    pad, stop = patient.tokenizer.pad_token_id, patient.stop
     if pad != stop:
         return ok("stop token and padding token are two")
     learnt = any(bool((each.labels == stop).any()) for each in patient.encoded)
@@ -188,7 +198,8 @@ def trained_share(patient: Patient) -> Finding:
         return ok(f"{said}; prompts too, as `train_on_inputs` says")
     for each in patient.encoded:
         first = [message["role"] for message in each.row["messages"]].index("assistant")
-        count = int(each.trained[: len(patient.prompt(each.row, first))].sum())
+        prompt = patient.prompt(each.row, first)
+        count = int(each.trained[: _parting(prompt, each.ids) or len(prompt)].sum())
         if count:
             return failure(
                 f"{each.name}: {count} tokens of the prompt are in the loss",
@@ -244,14 +255,14 @@ def padding_labels(patient: Patient) -> Finding:
     return ok("padding is not trained, and takes no label away")
 
 
-TEMPLATE: Mapping[str, Check] = {  # those that only render
+TEMPLATE: dict[str, Check] = {  # those that only render
     "template: missing": missing,
     "template: special tokens": special_tokens,
     "template: picture placeholders": placeholders,
     "template: default system prompt": default_system,
     "template: same text as the model's own": same_text,
 }
-ENCODED: Mapping[str, Check] = {
+ENCODED: dict[str, Check] = {
     "stop: trained": stop_trained,
     "stop: not lost with padding": stop_is_not_padding,
     "template: prompt is a prefix": prompt_prefix,
@@ -284,11 +295,14 @@ def _plain_renderings(patient: Patient, *, each_shape_once: bool = True) -> Iter
         yield row, text
 
 
-def _harmless(messages: Sequence[Message]) -> list[Message]:
-    def part(given: Mapping[str, Any]) -> dict[str, Any]:
-        return {"type": "text", "text": "a"} if given["type"] == "text" else dict(given)
+def _harmless(messages: Sequence[Message], *, pictures: bool = True) -> list[Message]:
+    """The messages with "a" for every text, and perhaps without their pictures."""
+    text = {"type": "text", "text": "a"}
 
-    return [{**message, "content": [part(each) for each in message["content"]]} for message in messages]
+    def parts(message: Message) -> list[Any]:
+        return [text if part["type"] == "text" else dict(part) for part in message["content"] if pictures or "text" in part]
+
+    return [{**message, "content": parts(message)} for message in messages]
 
 
 def _pieces(patient: Patient, token: str) -> int:

@@ -22,6 +22,7 @@ from vlmtune.model import compute_dtype, kept_apart
 from vlmtune.packing import BatchPlan
 from vlmtune.recipe import Recipe
 
+WITHOUT_GPU: dict[str, Any] = {"use_cpu": True, "tf32": None, "report_to": "none"}
 CHECKPOINTING = (  # switch and options, by their old and their new names
     "gradient_checkpointing",
     "gradient_checkpointing_kwargs",
@@ -201,6 +202,11 @@ def sft_config(recipe: Recipe) -> SFTConfig:
         # https://github.com/huggingface/transformers/blob/main/src/transformers/training_args.py (`n_gpu`)
         config._n_gpu = 1  # pyright: ignore[reportPrivateUsage]
     return config
+
+
+def plain_config(recipe: Recipe) -> SFTConfig:
+    """`sft_config` without what asks for a GPU: for what only looks at rows, on whatever machine."""
+    return sft_config(recipe.model_copy(update={"train": {**recipe.train, **WITHOUT_GPU}}))
 
 
 def checkpoint_every(recipe: Recipe, *, on_gpu: bool | None = None) -> int:

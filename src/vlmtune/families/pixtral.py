@@ -63,4 +63,5 @@ FAMILY = Pixtral(
     image_tokens=("image_token", "image_break_token", "image_end_token"),
     language_module="language_model",
     frozen_modules=("vision_tower", "multi_modal_projector"),
+    pictures_at_once=2,  # they go through it one by one anyway
 )

@@ -11,9 +11,9 @@ from vlmtune.console import progress
 from vlmtune.plan import cards
 from vlmtune.plan.cards import Card, find_card, smallest_card
 from vlmtune.plan.forecast import Forecast
-from vlmtune.planner.material import Material, plain_config
+from vlmtune.planner.material import Material
 from vlmtune.recipe import Recipe
-from vlmtune.trainer import checkpoint_every
+from vlmtune.trainer import checkpoint_every, plain_config
 
 CHECKPOINTING = (0, 4, 2, 1)  # recompute nothing, every so many layers, all: each needs less than the one before
 SMALLEST = 28 * 28  # pixels that a picture is halved to at most

@@ -15,10 +15,10 @@ from vlmtune.plan.cards import Card, find_card
 from vlmtune.plan.forecast import FILLING, Batch, Forecast, Memory, Setting, Speed, Work
 from vlmtune.planner.kernels import CUDA, CUDA_BEFORE_AMPERE
 from vlmtune.planner.ledger import Outline, Where
-from vlmtune.planner.material import Material, pictures_of, plain_config
+from vlmtune.planner.material import Material, pictures_of
 from vlmtune.planner.simulation import Outcome, Simulation, outline, simulation
 from vlmtune.recipe import Recipe, load_recipe
-from vlmtune.trainer import checkpoint_every
+from vlmtune.trainer import checkpoint_every, plain_config
 
 GIB = 2**30
 CONTEXT_GIB = 0.55  # of CUDA, cuBLAS and bitsandbytes' kernels: 0.5 to 0.6 GiB, and on no two drivers the same

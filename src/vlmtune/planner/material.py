@@ -17,9 +17,8 @@ from vlmtune.model import bound_pixels, load_config, read_processor
 from vlmtune.planner.published import published_config, published_processor
 from vlmtune.planner.stated import stated_rows
 from vlmtune.recipe import Recipe
-from vlmtune.trainer import sft_config
+from vlmtune.trainer import plain_config
 
-NOT_FOR_PLANS: dict[str, Any] = {"use_cpu": True, "tf32": None, "report_to": "none"}
 SAMPLED = 2000  # rows whose pictures' sizes are looked at
 OR_STATE = "or state data.image_size and data.text_tokens, such as data.image_size=[500,500] data.text_tokens=378"
 
@@ -87,11 +86,6 @@ def read_material(recipe: Recipe) -> Material:
         raise DatasetError(f"{error}; {OR_STATE}") from error
     split, lengths = counted_rows(recipe, split, collator)
     return Material(recipe, config, family, collator, split.train, lengths, len(split.train), stated=False)
-
-
-def plain_config(recipe: Recipe) -> Any:
-    """TRL's configuration without what asks for a GPU."""
-    return sft_config(recipe.model_copy(update={"train": {**recipe.train, **NOT_FOR_PLANS}}))
 
 
 def _processor(recipe: Recipe, family: Family) -> Any:

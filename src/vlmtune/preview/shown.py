@@ -6,17 +6,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from vlmtune.pieces import Piece
+from vlmtune.preview.pieces import Piece
 
 if TYPE_CHECKING:
-    from vlmtune.seen import Seen
-
-LEGEND = {
-    "trained": "the loss is taken on these",
-    "masked": "read, not learned",
-    "special": "a special token",
-    "image": "a picture",
-}
+    from vlmtune.preview.seen import Seen
 
 
 @dataclass(frozen=True)

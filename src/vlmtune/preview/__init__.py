@@ -9,13 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-from vlmtune.console import command_line, console
+from vlmtune.console import console
 from vlmtune.errors import RecipeError
 from vlmtune.output import disk_errors
-from vlmtune.preview_page import fragment, page
-from vlmtune.preview_report import show
+from vlmtune.preview.page import fragment, whole_page
+from vlmtune.preview.report import show
+from vlmtune.preview.shown import ShownPack, ShownRow
 from vlmtune.recipe import Recipe, load_recipe, parse_overrides
-from vlmtune.shown import ShownPack, ShownRow
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Preview:
 
         """
         with disk_errors(Path(path)):
-            Path(path).write_text(page(self.model, self.rows, self.pack), encoding="utf-8")
+            Path(path).write_text(whole_page(self.model, self.rows, self.pack), encoding="utf-8")
 
 
 def preview(recipe: str | Path | Mapping[str, Any] | Recipe, rows: int = 3, **overrides: Any) -> Preview:
@@ -59,7 +59,7 @@ def preview(recipe: str | Path | Mapping[str, Any] | Recipe, rows: int = 3, **ov
     if rows < 1:
         raise RecipeError(f"a preview of {rows} rows shows nothing: ask for one or more")
     checked = load_recipe(recipe, **overrides)  # a mistake is found before torch is imported
-    from vlmtune.look import look
+    from vlmtune.preview.look import look
 
     return Preview(checked.model.name, *look(checked, rows))
 
@@ -76,7 +76,3 @@ def command(
     if html is not None:
         found.write_html(html)
         console.print(f"written: {html}", highlight=False)
-
-
-if __name__ == "__main__":
-    command_line(preview=command)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 AT_MOST = 8  # tokens that a character is looked for in: it has four bytes, and a token may hold parts of two characters
@@ -91,3 +91,8 @@ class Reader:
 def visible(text: str) -> str:
     r"""The text with everything to be seen: `"a\n\x1b"` → `"a↵\n\\x1b"`."""
     return "".join(MARKS.get(c) or (c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text)
+
+
+def in_line(pieces: Iterable[Piece]) -> list[Piece]:
+    """The pieces without new lines behind ↵, where there are many rows."""
+    return [replace(piece, text=piece.text.replace("\n", "")) for piece in pieces]

@@ -10,20 +10,19 @@ from dataclasses import replace
 from typing import Any
 
 from vlmtune.batch import IGNORE, flatten
-from vlmtune.batching import counted_rows, longest_row, micro_batches, usable_rows
+from vlmtune.batching import collator_of, counted_rows, micro_batches, usable_rows
 from vlmtune.collator import MultimodalCollator, pictures
 from vlmtune.data import Rows, spread
 from vlmtune.families import token_ids
 from vlmtune.model import load_config, load_processor
 from vlmtune.packing import BatchPlan
-from vlmtune.pieces import Piece, Reader
+from vlmtune.preview.pieces import Piece, Reader
+from vlmtune.preview.seen import Seen, seen_pictures
+from vlmtune.preview.shown import ShownPack, ShownRow
 from vlmtune.recipe import Recipe
-from vlmtune.seen import Seen, seen_pictures
-from vlmtune.shown import ShownPack, ShownRow
-from vlmtune.trainer import sft_config
+from vlmtune.trainer import plain_config
 
 PLACEHOLDERS = ("image_token", "image_break_token", "image_end_token")  # attributes of processors; the last two of Pixtral's
-WITHOUT_GPU = {"use_cpu": True, "tf32": None, "report_to": "none"}  # a recipe for one can be looked at anywhere
 
 
 def look(recipe: Recipe, count: int) -> tuple[tuple[ShownRow, ...], ShownPack | None]:
@@ -33,11 +32,10 @@ def look(recipe: Recipe, count: int) -> tuple[tuple[ShownRow, ...], ShownPack | 
         VlmtuneError: rows that cannot be used, no processor, no data.
 
     """
-    config = sft_config(recipe.model_copy(update={"train": {**recipe.train, **WITHOUT_GPU}}))
+    config = plain_config(recipe)
     split = usable_rows(recipe, config.seed, check_images=recipe.data.check_images)
     processor, family = load_processor(recipe)
-    longest = longest_row(recipe, load_config(recipe.model))
-    collator = MultimodalCollator(processor, family, recipe.train_on_inputs, max_length=longest)
+    collator = collator_of(recipe, processor, family, load_config(recipe.model))
     split, lengths = counted_rows(recipe, split, collator)
     rows = [_row(collator, sample) for sample in spread(split.train, count)]
     width = max(row.tokens for row in rows)

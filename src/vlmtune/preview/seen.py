@@ -51,7 +51,7 @@ def seen_pictures(batch: Mapping[str, Any], processor: Any) -> list[Seen]:
         return _from_tiles(pixels, batch["aspect_ratio_ids"], processor)
     if "image_sizes" in batch and pixels.ndim == 4 and hasattr(processor, "patch_size"):
         return _from_padded(pixels, batch["image_sizes"], processor)
-    if pixels.ndim not in (4, 5):
+    if pixels.ndim not in (4, 5) or pixels.shape[-3] != 3:
         return []
     there = pixels.flatten(0, -4)  # [pictures or parts of them, 3, height, width]
     return [Seen(_picture(one, processor.image_processor)) for one in there if one.any()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageOps
@@ -13,11 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from vlmtune.console import half_blocks
-from vlmtune.pieces import Piece
-from vlmtune.shown import ShownPack, ShownRow
+from vlmtune.preview.pieces import Piece, in_line
+from vlmtune.preview.shown import ShownPack, ShownRow
 
 if TYPE_CHECKING:
-    from vlmtune.seen import Seen
+    from vlmtune.preview.seen import Seen
 
 # two shades of each, in turn, so that tokens can be told apart; legible on black and on white
 TRAINED = ("#ffffff on #1f7a3d", "#ffffff on #2c9450")
@@ -31,7 +31,7 @@ CELL = 3  # pixels of a token's cell at least, its line among them
 def show(console: Console, model: str, rows: Sequence[ShownRow], pack: ShownPack | None) -> None:
     """Prints rows and pack; without colours, what is trained stands in « »."""
     plain = console.color_system is None or console.no_color
-    console.print(_legend(model, plain))
+    console.print(_legend(model, plain), end="\n\n")
     for row in rows:
         console.print(Rule(Text(row.name, "bold"), align="left", style="dim"))
         console.print(Text(" · ".join(f"{count:,} {word}" for word, count in row.counts.items()), "dim"))
@@ -48,7 +48,7 @@ def _show_pack(console: Console, pack: ShownPack, plain: bool) -> None:
     for row, start in zip(pack.rows, pack.starts, strict=True):
         heading = f"{row.name}: {row.tokens:,} tokens, from place {start:,}"
         console.print(Rule(Text(heading), align="left", characters="┄", style="dim"))
-        console.print(_tokens(row.pieces, plain))
+        console.print(_tokens(in_line(row.pieces), plain))
 
 
 def _legend(model: str, plain: bool) -> Text:
@@ -67,13 +67,12 @@ def _legend(model: str, plain: bool) -> Text:
 
 def _tokens(pieces: Sequence[Piece], plain: bool) -> Text:
     text = Text(overflow="fold")
-    for number, (before, piece) in enumerate(pairwise([None, *pieces])):
-        assert piece is not None
-        if plain and piece.trained and not (before and before.trained):
-            text.append("«")
-        text.append(piece.text, "" if plain else _style(piece, number))
-        if plain and piece.trained and (number + 1 == len(pieces) or not pieces[number + 1].trained):
-            text.append("»")
+    for trained, run in groupby(enumerate(pieces), key=lambda numbered: numbered[1].trained):
+        marked = plain and trained
+        text.append("«" if marked else "")
+        for number, piece in run:
+            text.append(piece.text, "" if plain else _style(piece, number))
+        text.append("»" if marked else "")
     return text
 
 
@@ -97,14 +96,14 @@ def _gridded(seen: Seen) -> Image.Image:
     if not seen.cell or side < CELL:
         return ImageOps.contain(seen.picture, (WIDEST, WIDEST))
     small = seen.picture.resize((seen.across * side, seen.down * side))
-    light = Image.blend(small, Image.new("RGB", small.size, "white"), 0.5)
+    faded = Image.blend(small, Image.new("RGB", small.size, "grey"), 0.4)
     lines = Image.new("1", small.size)
     draw = ImageDraw.Draw(lines)
     for x in range(side, small.width, side):
         draw.line((x, 0, x, small.height), 1)
     for y in range(side, small.height, side):
         draw.line((0, y, small.width, y), 1)
-    return Image.composite(light, small, lines)
+    return Image.composite(faded, small, lines)
 
 
 def _beside(pictures: Sequence[Text], text: Text, width: int) -> RenderableType:
@@ -112,5 +111,6 @@ def _beside(pictures: Sequence[Text], text: Text, width: int) -> RenderableType:
     if not pictures or width < WIDE:
         return Group(*pictures, text)
     grid = Table.grid(padding=(0, 3))
+    grid.add_column(no_wrap=True)
     grid.add_row(Group(*pictures), text)
     return grid
