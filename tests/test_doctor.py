@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from vlmtune import ModelError, MultimodalCollator, load_recipe
 from vlmtune.checks import Finding, Patient, look
@@ -177,12 +179,21 @@ SPELT = "{{ bos_token }}{% for m in messages %}{{ '<|' ~ m.role ~ '|>' }}{% gene
 SPELT += "{% endgeneration %}{% endfor %}"
 
 
+def taught(patient: Patient, token: str, *merge: str) -> None:
+    """Gives a text model's tokenizer one more token of its vocabulary, made by a merge or by nothing."""
+    content = json.loads(patient.tokenizer.backend_tokenizer.to_str())
+    content["model"]["vocab"][token] = len(patient.tokenizer)
+    content["model"]["merges"] = [list(merge)] if merge else []
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)), bos_token="<s>", eos_token="</s>"
+    )
+    patient.collator = MultimodalCollator(tokenizer, patient.collator.family)
+
+
 def test_fault_special_token_that_the_vocabulary_has_is_split(admitted: Admit) -> None:
     patient = admitted("text", template=SPELT)
-    content = json.loads(patient.tokenizer.backend_tokenizer.to_str())
-    content["model"]["vocab"]["<|user|>"] = len(patient.tokenizer)  # as ChatGLM3's: known, and never found in a text
-    spelling = Tokenizer.from_str(json.dumps(content))
-    patient.collator.processor = PreTrainedTokenizerFast(tokenizer_object=spelling, bos_token="<s>", eos_token="</s>")
+    taught(patient, "<|user|>")  # as ChatGLM3's: known, and never found in a text
+    patient.collator.chat_template = SPELT
     finding = told(patient, "template: special tokens")
     assert finding.verdict == "failure"
     assert "<|user|> of the template is split into 8 tokens in row 1 of train.jsonl" in finding.found
@@ -206,10 +217,11 @@ def test_fault_prompt_is_no_prefix_of_the_training_text(admitted: Admit) -> None
 
 
 def test_fault_prompt_melts_into_the_answer(admitted: Admit) -> None:
-    prompt = PROMPT.replace("\\n", " ")
-    finding = told(admitted(template=chat_template(prompt=prompt)), "template: prompt is a prefix")
+    patient = admitted("text", **{"data.prompt": "Colour: "})
+    taught(patient, "Ġr", "Ġ", "r")
+    finding = told(patient, "template: prompt is a prefix")
     assert finding.verdict == "warning"
-    assert finding.found.startswith("row 1 of train.jsonl: the prompt's end melts into the answer, ' ' becomes '\\nred")
+    assert finding.found == "row 1 of train.jsonl: the prompt's end melts into the answer, ' ' becomes ' red</s>'"
     assert "without a space" in finding.remedy
 
 

@@ -1,4 +1,4 @@
-"""`vlmtune run ...`, `vlmtune plan ...`, `vlmtune preview ...`, `vlmtune merge ...`: the verbs of `python -m vlmtune.<verb>` under one name."""
+"""`vlmtune run ...`, `vlmtune plan ...`, and so on: the verbs of `python -m vlmtune.<verb>` under one name."""
 
 from vlmtune import merge, plan, preview, run
 from vlmtune.console import command_line

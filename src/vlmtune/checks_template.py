@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from vlmtune.evaluation import question
 
 # how chat templates write special tokens: `<|im_end|>`; and others, which may be plain text by intention, as Llama 2's [INST]
 SPECIAL = re.compile(r"(<[|｜][^\s<>]+[|｜]>)|\[/?[A-Z][A-Z_]+\]|</?[a-z_]+>")
-BORDER = 2  # tokens in which the end of a prompt may melt into an answer
 SHOWN = 40  # characters of two texts where they part
 
 
@@ -57,7 +56,7 @@ def prompt_prefix(patient: Patient) -> Finding:
         prompt = patient.prompt(question(each.row), len(each.row["messages"]) - 1)
         if (place := _parting(prompt, each.ids)) is None:
             continue
-        if place >= len(prompt) - BORDER:
+        if patient.tokenizer.decode(each.ids).startswith(patient.tokenizer.decode(prompt)):
             return warning(
                 f"{each.name}: the prompt's end melts into the answer, {_around(patient, prompt, place)} becomes "
                 f"{_around(patient, each.ids, place)}",
