@@ -68,6 +68,7 @@ def recipe(checkpoint: Callable[[str], Path], colours: Path, tmp_path: Path) -> 
                 "images": "image" if sees else [],
             },
             "lora": {"r": 8, "alpha": 16, "dropout": 0, "targets": "all-linear"},
+            "doctor": False,  # a second for each run; tests/test_doctor.py has it on
             "eval": {"max_new_tokens": 12, "samples": 2},
             "train": {
                 "output_dir": str(tmp_path / "run"),

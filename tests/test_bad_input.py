@@ -152,7 +152,10 @@ def turns(*pairs: tuple[str, Any], image: Any = None) -> dict[str, Any]:
         (turns(("user", "hi"), ("assistant", " ")), "the answer is empty in turn 2."),
         (turns(("user", "hi"), ("user", "hi"), ("assistant", "a")), "turn 2 is the user's, wanted the assistant's."),
         (turns(), "there is no user's turn, wanted a user's and an assistant's."),
-        (turns(("user", "hi"), ("tool", "a")), "turn 2 has the role 'tool', wanted system, user or assistant."),
+        (
+            turns(("user", "hi"), ("tool", "a")),
+            "turn 2 is the tool's, wanted the assistant's (a tool's result follows upon tool_calls).",
+        ),
         (
             turns(("user", "<image>a"), ("assistant", "b"), image=["good.png", "good.png"]),
             "1 <image> placeholders, 2 pictures, wanted one for each.",
@@ -789,7 +792,7 @@ def test_a_question_without_a_column_of_the_template_is_refused(recipe: MakeReci
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["lora.rank=8"], "{recipe} has 1 mistake:\n  line 9: `lora.rank` is not a key of a recipe.\n"),
+        (["lora.rank=8"], "{recipe} has 1 mistake:\n  line 10: `lora.rank` is not a key of a recipe.\n"),
         (["data.source=none.jsonl"], "data source none.jsonl cannot be read: No such file or directory\n"),
         (["lora.r"], "override 'lora.r' is not of the form key.path=value\n"),
     ],

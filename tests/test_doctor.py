@@ -286,6 +286,11 @@ def test_fault_own_template_refuses_what_is_trained(admitted: Admit) -> None:
     assert finding.found.endswith("of the checkpoint's own template, the chat template refuses it: no system beside pictures")
 
 
+def test_the_recipe_s_own_template_is_told(admitted: Admit, tmp_path: Path) -> None:
+    (tmp_path / "mine.jinja").write_text(chat_template())
+    assert told(admitted(chat_template=str(tmp_path / "mine.jinja")), "template: missing").found.startswith("the recipe's, /")
+
+
 # ---- stop token
 
 
@@ -455,6 +460,15 @@ def test_fault_the_same_picture_to_train_and_to_evaluate(admitted: Admit, colour
     assert "one side of the split" in finding.remedy
 
 
+def test_a_picture_that_is_made_smaller_is_still_the_same(admitted: Admit, colours: Path) -> None:
+    copied = colours.with_name("twice.jsonl")
+    copied.write_text(colours.read_text().splitlines()[0])
+    patient = admitted(**{"data.eval_source": str(copied)})
+    assert patient.split.held_out is not None
+    smaller = replace(patient.split, held_out=patient.split.held_out.shrink({0: {0: (20, 25)}}))
+    assert told(replace(patient, split=smaller), "images: in train and eval").verdict == "warning"
+
+
 # ---- rows and lengths
 
 
@@ -485,7 +499,7 @@ def test_fault_row_that_the_processor_refuses(admitted: Admit) -> None:
     assert "row 2 of given.jsonl: the model's processor refuses it (its pictures have 3000×20 pixels)" in finding.found
 
 
-@pytest.mark.parametrize(("policy", "verdict"), [("raise", "failure"), ("drop", "warning")])
+@pytest.mark.parametrize(("policy", "verdict"), [("raise", "failure"), ("drop", "warning"), ("shrink", "warning")])
 def test_fault_rows_over_the_limit(admitted: Admit, policy: str, verdict: str) -> None:
     rows = [conversation("short"), conversation("long " * 30)]
     patient = with_rows(admitted(**{"train.max_length": 120, "on_too_long": policy}), rows)
@@ -506,6 +520,18 @@ def test_fault_targets_that_match_nothing(recipe: MakeRecipe) -> None:
     (finding,) = report.failures
     assert finding.check == "adapter: modules"
     assert "`lora.targets` names query" in finding.found
+
+
+def test_a_model_that_cannot_be_loaded_is_tried_once(admitted: Admit) -> None:
+    tried: list[int] = []
+
+    def load() -> Any:
+        tried.append(1)
+        raise ModelError("there are no weights")
+
+    report = examined(replace(admitted("text"), load=load))
+    assert [finding.found for finding in report.failures] == ["there are no weights"]
+    assert tried == [1]
 
 
 def test_fault_adapter_reaches_into_the_tower(admitted: Admit) -> None:

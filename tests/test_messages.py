@@ -198,10 +198,10 @@ def test_pictures_in_the_turns_and_in_the_column_are_refused_until_one_is_left_o
         ([{"role": "assistant", "content": "Hi"}], "turn 1 is the assistant's, wanted the user's"),
         ([{"role": "user", "content": "a"}] * 2, "turn 2 is the user's, wanted the assistant's"),
         ([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}], "a system message comes first"),
-        ([{"role": "tool", "content": "a"}], "turn 1 has the role 'tool'"),
+        ([{"role": "tool", "content": "a"}], "turn 1 is the tool's, wanted the user's (a tool's result follows upon"),
         ([{"content": "a"}], "turn 1 has the role None"),
         ([{"role": ["user"], "content": "a"}], "turn 1 has the role ['user']"),
-        ([{"role": "user", "content": "a", "tool_calls": [{}]}], "'tool_calls', which is not supported yet"),
+        ([{"role": "user", "content": "a", "tool_calls": [{}]}], "has 'tool_calls', which only the assistant's turns have"),
     ],
 )
 def test_turns_out_of_order_are_refused(messages, sentence):

@@ -142,6 +142,11 @@ def test_without_data_and_tokenizer_the_sizes_are_asked_for() -> None:
         plan_here(str(RECIPES / "qwen2vl_amazon.yaml"))
 
 
+def test_a_plan_makes_no_repository_and_wants_no_evaluation(recipe: MakeRecipe) -> None:
+    train = {"train.push_to_hub": True, "train.lr_scheduler_type": "reduce_lr_on_plateau", "data.eval_rows": 2}
+    assert plan_here(recipe(), **train).fits
+
+
 def test_rows_that_are_too_long_are_named_as_in_training(recipe: MakeRecipe) -> None:
     with pytest.raises(DatasetError, match="row 1 of train"):
         plan_here(recipe(**{"train.max_length": 10}))
@@ -157,8 +162,9 @@ def test_an_unknown_operator_lowers_the_confidence(recipe: MakeRecipe, monkeypat
 # ----------------------------------------------------------------------------------------------------- monotone and sane
 
 
-def needed(recipe: dict[str, Any], **overrides: Any) -> float:
-    return plan_here(recipe, **overrides).needed_gib
+def peak(recipe: dict[str, Any], **overrides: Any) -> float:
+    """Not what is reserved: segments of 20 MiB hide what small models need."""
+    return plan_here(recipe, **overrides).peak_gib
 
 
 @pytest.mark.parametrize("kind", ["qwen2_vl", "mllama", "pixtral"])
@@ -167,23 +173,29 @@ def test_more_never_needs_less(recipe: MakeRecipe, kind: str, cache: str) -> Non
     """Pixels, tokens, rows: each once more than the other."""
     settings = recipe(kind, vision_cache=cache, **{"train.gradient_checkpointing": False})
     smallest = {"data.image_size": [40, 40], "data.text_tokens": 90, "train.per_device_train_batch_size": 2}
-    least = needed(settings, **smallest)
+    least = peak(settings, **smallest)
     for key, value in {
         "data.image_size": [56, 56] if kind == "qwen2_vl" else [64, 64],
         "data.text_tokens": 400,
         "train.per_device_train_batch_size": 8,
         "lora.r": 64,
     }.items():
-        assert needed(settings, **{**smallest, key: value}) >= least, key
-    assert needed(settings, **smallest, **{"train.gradient_checkpointing": True}) <= least
-    assert needed(settings, **smallest, packing="off") >= least - 0.01
+        more = peak(settings, **{**smallest, key: value})
+        assert more >= least if key == "data.image_size" else more > least, key
+    assert peak(settings, **smallest, **{"train.gradient_checkpointing": True}) < least
+    assert peak(settings, **smallest, packing="off") >= 0.99 * least  # rows of one length have no padding
 
 
 # ---------------------------------------------------------------------------------------------------------- what fits
 
 
 def tried_all(workshop: Workshop, search: Search) -> list[Tried]:
-    return [Tried(overrides, workshop.forecast(overrides)) for row in search.candidates() for overrides in row]
+    return [
+        Tried(overrides, workshop.forecast(overrides), given_up)
+        for given_up in range(len(search._to_give_up()))
+        for row in search.candidates(given_up)
+        for overrides in row
+    ]
 
 
 def check_against_all(settings: Any, card: Card, share: float) -> None:
@@ -200,7 +212,8 @@ def check_against_all(settings: Any, card: Card, share: float) -> None:
     fitting = [one for one in everything if one.forecast.memory.needed_gib <= search.limit_gib]
     assert best is not None
     assert best == search.best(fitting)
-    fastest = min(one.forecast.cards[0].step_seconds or 0 for one in fitting)
+    fastest = min(one.forecast.cards[0].step_seconds or 0 for one in fitting if one.given_up == best.given_up)
+    assert best.given_up == min(one.given_up for one in fitting)
     assert best.forecast.cards[0].step_seconds == pytest.approx(fastest, rel=1e-3)
 
 
@@ -221,7 +234,7 @@ def test_rows_of_a_step_stay_the_same(recipe: MakeRecipe) -> None:
     settings = recipe(**{"train.per_device_train_batch_size": 3, "train.gradient_accumulation_steps": 2})
     workshop = Workshop(load_recipe(settings), find_card("L4"), ())
     search = Search(workshop.recipe, workshop.card, workshop.forecast, workshop.material(workshop.recipe))
-    rows = search.candidates()
+    rows = search.candidates(0)
     assert len(rows) == len(CHECKPOINTING)
     for row in rows:
         sizes = [(one["train.per_device_train_batch_size"], one["train.gradient_accumulation_steps"]) for one in row]
@@ -235,6 +248,7 @@ def test_pixels_are_lowered_only_where_that_is_allowed_and_nothing_fits_otherwis
     search = Search(allowed, workshop.card, workshop.forecast, workshop.material(allowed))
     tried = tried_all(workshop, search)
     assert {one.overrides.get("images.max_pixels") for one in tried} == {None, 56 * 56 // 2, 28 * 28}
+    assert {one.overrides.get("vision_cache") for one in tried} == {None, "off"}
     best = search.best(tried)
     assert best is not None
     assert "images.max_pixels" not in best.overrides
@@ -257,7 +271,8 @@ def test_what_needs_too_much_as_it_is_hears_what_would_fit(recipe: MakeRecipe) -
     now = workshop.forecast({}).memory.needed_gib
     plan = plan_recipe(load_recipe(settings), Card("small", visible_gib=now * 0.99 / 0.9))
     assert plan.verdict == "tight"
-    assert "fits and needs" in plan.advice
+    assert "train." in plan.advice
+    assert " needs " in plan.advice
     assert plan.overrides == {}
 
 

@@ -13,7 +13,7 @@ import torch
 from vlmtune import finetune, load_recipe
 from vlmtune.errors import ModelError
 from vlmtune.plan.forecast import Plan
-from vlmtune.plan.measurements import card_here, keep, measured
+from vlmtune.plan.measurements import NEEDED, card_here, keep, measured
 from vlmtune.planner.process import answer
 from vlmtune.prediction import Gauge, in_words, missing, planned
 from vlmtune.trainer import Trainer
@@ -91,18 +91,36 @@ def test_later_plans_use_what_was_measured_on_such_a_card(recipe: MakeRecipe) ->
 
 
 def test_a_line_that_was_not_finished_is_left_out(cache: Path) -> None:
+    entry = dict.fromkeys(NEEDED, 1)
+    keep(entry)
     keep({"card": "L4"})
-    with cache.open("a") as file:
-        file.write('{"card": "T')
-    assert measured() == [{"card": "L4"}]
+    with cache.open("ab") as file:
+        file.write(b'{"card": "T\xff')
+    assert measured() == [entry]
+
+
+def test_a_run_ends_well_where_its_measurements_cannot_be_kept(
+    recipe: MakeRecipe, gpu: None, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache.parent.parent.write_text("a file where the cache should be")
+    gauge = Gauge(plan_of(recipe()), "model")
+    run = finetune(recipe())
+    run.trainer.add_callback(gauge)
+    run.trainer.train()
+    assert "not kept for later plans" in " ".join(capsys.readouterr().out.split())
 
 
 def test_on_a_gpu_a_run_is_predicted_and_the_table_has_it(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
+
+    def make(recipe_asked: Any, **options: Any) -> Plan:
+        asked.append((recipe_asked.data.text_tokens, options))
+        return plan_of(recipe())
+
     monkeypatch.setattr("vlmtune.prediction.card_here", lambda: "L4")
-    monkeypatch.setattr("vlmtune.prediction.make_plan", lambda *_, **options: asked.append(options) or plan_of(recipe()))
-    plan = planned(load_recipe(recipe()))
-    assert asked == [{"advise": False}]
+    monkeypatch.setattr("vlmtune.prediction.make_plan", make)
+    plan = planned(load_recipe(recipe(**{"data.text_tokens": 90, "plan": {"gpu": "T4"}})))
+    assert asked == [(None, {"gpu": "L4", "advise": False})]  # its own card, and its rows
     assert "of 22.0 GiB on L4, predicted" in in_words(plan)["memory"]
     assert planned(load_recipe(recipe(plan="off"))) is None
     assert planned(load_recipe(recipe()), own="a collator") is None
@@ -127,14 +145,25 @@ def test_full_memory_names_rows_what_was_missing_and_the_next_setting(
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError(FULL)
 
+    failed, below = plan_of(recipe()), list[float | None]()
+
+    def make(*_: Any, fit: bool = False, below_gib: float | None = None, **__: Any) -> Plan:
+        below.append(below_gib)
+        return failed.model_copy(
+            update={"overrides": {"train.gradient_checkpointing": True, "packing.length": None}} if fit else {}
+        )
+
+    monkeypatch.setattr("vlmtune.prediction.make_plan", make)
     monkeypatch.setattr(Trainer, "train", full)
-    settings = recipe(**{"train.per_device_train_batch_size": 8, "plan": {"gpu": "1GB", "margin": 0.001}})
     with pytest.raises(ModelError) as raised:
-        finetune(settings)
+        finetune(recipe())
+    assert below == [None, failed.needed_gib * 0.95]  # less than what has failed
     said = str(raised.value)
     assert "full in step 1, whose largest micro-batch is row " in said
     assert "2.50 GiB were asked for and 512.00 MiB were free" in said
-    assert "the next setting that fits is train." in said
+    assert "the next setting that fits is train.gradient_checkpointing=true packing.length=null, which needs 0.9 GiB" in said
+    with pytest.raises(ModelError, match=r"lower packing\.length or"):
+        finetune(recipe(), collator=lambda rows: {}, overwrite=True)
 
 
 def test_torchs_words_about_full_memory_are_read() -> None:

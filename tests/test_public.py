@@ -41,6 +41,6 @@ def test_messages_recipes_and_plans_bring_no_torch() -> None:
 
 
 def test_the_command_lines_say_how_they_are_used() -> None:
-    for module in ("vlmtune.run", "vlmtune.merge", "vlmtune.plan", "vlmtune.preview", "vlmtune"):
+    for module in ("vlmtune.run", "vlmtune.merge", "vlmtune.plan", "vlmtune.preview", "vlmtune.doctor", "vlmtune"):
         help_text = subprocess.check_output([sys.executable, "-m", module, "--help"], text=True)
         assert "Usage" in help_text

@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from vlmtune.images import fingerprint, image_size, load_image
+from vlmtune.images import Shrunk, fingerprint, image_size, load_image, original
 
 LONGEST_NAME = 1000  # characters: a longer one holds the picture itself, as a data URL does
 
@@ -21,13 +21,13 @@ class Album:
 
     def __init__(self) -> None:
         self.room = 0
-        self._decoded: dict[str, Image.Image] = {}
-        self._sizes: dict[str, tuple[int, int]] = {}
-        self._fingerprints: dict[str, str] = {}
+        self._decoded: dict[str | Shrunk, Image.Image] = {}
+        self._sizes: dict[str | Shrunk, tuple[int, int]] = {}
+        self._fingerprints: dict[str | Shrunk, str] = {}
 
     def open(self, source: Any) -> Image.Image:
         """The picture as `images.load_image` makes it; it may be given out again, so it is only to be read."""
-        if isinstance(source, str) and source in self._decoded:
+        if _is_name(source) and source in self._decoded:
             return self._decoded[source]
         picture = load_image(source)
         size = 3 * picture.width * picture.height
@@ -54,4 +54,5 @@ class Album:
 
 
 def _is_name(source: Any) -> bool:
-    return isinstance(source, str) and len(source) <= LONGEST_NAME
+    name = original(source)
+    return isinstance(name, str) and len(name) <= LONGEST_NAME

@@ -19,6 +19,7 @@ from vlmtune.model import attend_by_row, positions_model
 from vlmtune.packing import BatchPlan, step_bounds
 from vlmtune.proof import packing_fault
 from vlmtune.recipe import Recipe
+from vlmtune.shrinking import shrink
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -83,6 +84,8 @@ def longest_row(recipe: Recipe, config: Any) -> int | None:
 def counted_rows(recipe: Recipe, split: Split, collator: MultimodalCollator) -> tuple[Split, list[int]]:
     """The rows that the processor takes and the model in one piece, and the tokens of each training row.
 
+    Where the recipe says so, those that are too long have their pictures made smaller.
+
     Raises:
         DatasetError: there are others, and the recipe does not say to drop them.
 
@@ -99,10 +102,14 @@ def counted_rows(recipe: Recipe, split: Split, collator: MultimodalCollator) -> 
             position: f"it has {count} tokens and the limit is {limit}" for position, count in found.items() if count > limit
         }
 
-    longer = "shorten them, lower images.max_pixels, raise train.max_length"
-    longer += " and packing.length" if recipe.packing.length else ""
     split = split.without(refused, policy=recipe.on_bad_row, hint="set `on_bad_row: drop` to go on without them")
-    split = split.without(too_long, policy=recipe.on_too_long, hint=f"{longer}, or set `on_too_long: drop`")
+    longer = f"raise train.max_length{' and packing.length' if recipe.packing.length else ''}, or set `on_too_long: drop`"
+    if recipe.on_too_long == "shrink":
+        split = shrink(split, collator, tokens)
+        hint = f"no smaller pictures would do: shorten their texts, {longer}"
+    else:
+        hint = f"shorten them, lower images.max_pixels, {longer}, or `shrink` for smaller pictures"
+    split = split.without(too_long, policy=recipe.on_too_long, hint=hint)
     return split, [tokens[split.train.name(position)] for position in range(len(split.train))]
 
 

@@ -67,7 +67,8 @@ class HeldOutAnswers(TrainerCallback):
         model = getattr(model, "module", model)  # without DistributedDataParallel
         given = evaluation.answers(model, self._collator, asked, description="Held-out rows", **self._options)
         for number, (sample, text) in enumerate(zip(self._samples, given, strict=True), 1):
-            markdown = f"**answer**\n\n{text}\n\n**expected**\n\n{evaluation.expected_answer(sample)}"
+            expected = evaluation.expected_answer(sample, self._collator)
+            markdown = f"**answer**\n\n{text}\n\n**expected**\n\n{expected}"
             self._writer.add_text(f"held out/{number}", markdown, state.global_step)
             for place, picture in enumerate(evaluation.thumbnails(sample), 1):
                 self._writer.add_image(f"held out/{number}, picture {place}", pil_to_tensor(picture), state.global_step)

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import psutil
 import torch
@@ -33,6 +33,7 @@ from vlmtune.output import existing
 from vlmtune.proof import CANNOT
 from vlmtune.recipe import Recipe
 
+T = TypeVar("T")
 Row = Mapping[str, Any]
 Message = Mapping[str, Any]
 Verdict = Literal["ok", "warning", "failure"]
@@ -135,9 +136,13 @@ class Patient:
     few: int = 4
     most: int = 10**9
 
-    @cached_property
+    @property
     def model(self) -> PeftModel:
-        return self.load()
+        return _given(self._model)
+
+    @cached_property
+    def _model(self) -> PeftModel | Exception:
+        return _outcome(self.load)
 
     @property
     def tokenizer(self) -> Any:
@@ -163,9 +168,16 @@ class Patient:
         """The rows as they go into training, but for packing."""
         return (self.collate or self.unlimited)(rows)
 
-    @cached_property
+    @property
     def encoded(self) -> list[Encoded]:
         """The rows looked at, each by itself."""
+        return _given(self._encoded)
+
+    @cached_property
+    def _encoded(self) -> list[Encoded] | Exception:
+        return _outcome(self._encode)
+
+    def _encode(self) -> list[Encoded]:
         found: list[Encoded] = []
         for row in self.rows:
             batch = self.batch([row])
@@ -194,9 +206,10 @@ class Patient:
         shaped: list[Message] = [{**message, "content": [_bare(part) for part in message["content"]]} for message in messages]
         if self.tokenizer is self.collator.processor:  # a language model's template takes plain texts
             shaped = [{**m, "content": "".join(part["text"] for part in m["content"])} for m in shaped]
+        tools = next((message["tools"] for message in messages if message.get("tools")), None)
         try:
             return self.collator.processor.apply_chat_template(
-                shaped, tokenize=False, chat_template=template or self.collator.chat_template
+                shaped, tokenize=False, chat_template=template or self.collator.chat_template, tools=tools
             )
         except (TemplateError, *CANNOT) as error:
             raise ModelError(f"the chat template refuses it: {one_line(error)}") from error
@@ -254,6 +267,20 @@ def named(names: Sequence[str]) -> str:
 def gib(size: float) -> str:
     """Bytes in words."""
     return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"
+
+
+def _outcome(make: Callable[[], T]) -> T | Exception:
+    """What is made, or why not: many checks ask, and it is tried once."""
+    try:
+        return make()
+    except (VlmtuneError, *CANNOT) as error:
+        return error
+
+
+def _given(outcome: T | Exception) -> T:
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
 def _bare(part: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from vlmtune.checks import Check, Finding, Patient, failure, gib, named, ok, warning
 from vlmtune.collator import pictures
 from vlmtune.data import Rows
+from vlmtune.images import original
 from vlmtune.model import compute_dtype
 
 DOMINATES = 0.8  # share of a row's tokens
@@ -27,7 +28,14 @@ SETTINGS = {
     "max_image_tiles": "max_num_tiles",
 }
 WEIGHTS = {"nf4": 0.3, "int8": 0.55, "none": 1.0}  # of the bytes of a 16-bit checkpoint, in memory
-TOO_LONG = {"raise": "the run is refused", "drop": "they are left out", "shrink": "their pictures are made smaller"}
+TOO_LONG = {  # what each policy does, and what else would help
+    "raise": (
+        "the run is refused",
+        "shorten them, lower images.max_pixels, raise train.max_length, or say `on_too_long: drop`",
+    ),
+    "drop": ("they are left out", "shorten them, lower images.max_pixels, or raise train.max_length"),
+    "shrink": ("their pictures are made smaller, as far as that helps", "lower images.max_pixels, or raise train.max_length"),
+}
 
 
 def tower_settings(patient: Patient) -> Finding:
@@ -95,7 +103,7 @@ def duplicates(patient: Patient) -> Finding:
     rows, count = patient.split.train, 0
     for position in patient.some(rows):
         row = rows[position]
-        prints = [patient.collator.album.fingerprint(source) for source in pictures(row)]
+        prints = [patient.collator.album.fingerprint(original(source)) for source in pictures(row)]
         count += len(prints)
         seen.update(prints)
         texts = [part["text"] for message in row["messages"] for part in message["content"] if part["type"] == "text"]
@@ -137,15 +145,10 @@ def lengths(patient: Patient) -> list[Finding]:
     if not longer:
         return [ok(shown)]
     policy = patient.recipe.on_too_long
-    found = f"{len(longer)} of {len(counts)} rows are over the limit, {named(longer)}: `on_too_long` is {policy}, so "
-    judge = failure if policy == "raise" or len(longer) == len(counts) else warning
-    return [
-        ok(shown),
-        judge(
-            found + TOO_LONG[policy],
-            "shorten them, lower images.max_pixels or raise train.max_length, or say `on_too_long: drop`",
-        ),
-    ]
+    then, remedy = TOO_LONG[policy]
+    judge = failure if policy == "raise" or (policy == "drop" and len(longer) == len(counts)) else warning
+    found = f"{len(longer)} of {len(counts)} rows are over the limit, {named(longer)}: `on_too_long` is {policy}, so {then}"
+    return [ok(shown), judge(found, remedy)]
 
 
 def versions(patient: Patient) -> Finding:
@@ -209,7 +212,7 @@ def _places(patient: Patient, rows: Rows) -> dict[str, str]:
     places: dict[str, str] = {}
     for position in patient.some(rows):
         for source in pictures(rows[position]):
-            places.setdefault(patient.collator.album.fingerprint(source), rows.name(position))
+            places.setdefault(patient.collator.album.fingerprint(original(source)), rows.name(position))
     return places
 
 

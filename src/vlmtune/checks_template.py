@@ -21,6 +21,8 @@ SHOWN = 40  # characters of two texts where they part
 def missing(patient: Patient) -> Finding:
     """`training_template` has found one, or there would be no collator: which?"""
     template = patient.collator.chat_template
+    if patient.recipe.chat_template is not None:
+        return ok(f"the recipe's, {patient.recipe.chat_template}")
     if not has_markers(template):
         return ok("the checkpoint's own; the loss is on prompts too, so it needs no {% generation %} markers")
     if template == _own(patient):

@@ -22,6 +22,7 @@ from vlmtune.families import Family, find_family
 from vlmtune.families.text import PLAIN
 from vlmtune.features import FeatureStore
 from vlmtune.sizes import TokenCounter, blank, without_pixels
+from vlmtune.tools import marked, with_tools
 
 Row = Mapping[str, Any]
 
@@ -70,6 +71,7 @@ class MultimodalCollator:
         self._picture_tokens: dict[tuple[int, int], int] = {}  # width, height → tokens
         self._counters: dict[bool, TokenCounter] = {}
         self._sizes_only: dict[bool, Any] = {}  # processors without pixels: for plain texts, and for escaped ones
+        self._template_faults: dict[int, str] = {}  # a conversation with tools or reasoning → what the template makes of it
         self.chat_template = training_template(processor, self.family, masked=not train_on_inputs, given=chat_template)
         self._never_trained = self.family.image_token_ids(processor) | self.family.video_token_ids(processor)
         if self.tokenizer.pad_token is None:  # safe: padding is told by the attention mask
@@ -120,7 +122,7 @@ class MultimodalCollator:
             self._counters[escaped] = TokenCounter(self._processor(escaped=escaped, pixels=False))
         shaped = [self._shape(self.escape(messages) if escaped else messages) for messages in conversations]
         try:
-            return self._counters[escaped](shaped, self.chat_template)
+            return self._counters[escaped](shaped, with_tools(self.chat_template, shaped))
         except ModelError:
             raise
         except Exception as error:
@@ -129,6 +131,15 @@ class MultimodalCollator:
     def prompts(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """What a model is given to answer: the rows without a last answer, left-padded, ready for `generate`."""
         return self._encode(rows, add_generation_prompt=True, padding_side="left")
+
+    def answer(self, row: Row) -> str:
+        """The row's last answer as the model would write it, its calls and reasoning as the chat template has them."""
+        whole = self._encode([row], pixels=False)["input_ids"][0]
+        asked = {**row, "messages": row["messages"][:-1]}
+        prompt = self._encode([asked], pixels=False, add_generation_prompt=True)["input_ids"][0]
+        both = min(len(whole), len(prompt))
+        same = int((whole[:both] == prompt[:both]).long().cumprod(0).sum())
+        return self.tokenizer.decode(whole[same:], skip_special_tokens=True).strip()
 
     @cached_property
     def stop_token_id(self) -> int:
@@ -187,7 +198,7 @@ class MultimodalCollator:
         batch = self.family.process(
             processor,
             [self._shape(messages) for messages in conversations],
-            chat_template=self.chat_template,
+            chat_template=with_tools(self.chat_template, conversations),
             return_assistant_tokens_mask=trained,
             add_generation_prompt=add_generation_prompt,
             **self._padding(padding_side),
@@ -242,7 +253,29 @@ class MultimodalCollator:
             except ImageError as error:
                 raise ImageError(f"{_name(row, place)}: {error}") from None
 
-        return [{**m, "content": [decoded(part) for part in m["content"]]} for m in row["messages"]]
+        messages = [{**m, "content": [decoded(part) for part in m["content"]]} for m in row["messages"]]
+        if fault := self._template_fault(messages):
+            raise DatasetError(f"{_name(row, place)} {fault}")
+        return messages
+
+    def _template_fault(self, messages: list[dict[str, Any]]) -> str:
+        """What the chat template does not write of tools, calls, results and reasoning, or nothing."""
+        probe, marks = marked(messages)
+        if not marks:
+            return ""
+        if (key := hash(repr(probe))) not in self._template_faults:
+            template = with_tools(self.chat_template, [probe])
+            try:
+                text = self.processor.apply_chat_template(self._shape(probe), tokenize=False, chat_template=template)
+                lost = " and ".join(dict.fromkeys(what for mark, what in marks.items() if mark not in text))
+                why = lost and f"leaves {lost} out"
+            except Exception as error:  # a template raises what it likes
+                why = f"refuses it: {one_line(error).rstrip('.')}"
+            has = ", ".join(dict.fromkeys(marks.values()))
+            remedy = "take a model whose template has them, set `chat_template` to one that has, or write them into the texts"
+            fault = f"has {has}, and the chat template of {type(self.processor).__name__} {why}: {remedy}"
+            self._template_faults[key] = fault if why else ""
+        return self._template_faults[key]
 
     def _shape(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The messages as the chat template wants them: templates of language models take plain texts."""

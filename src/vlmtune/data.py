@@ -6,22 +6,24 @@ as possible, and a row keeps its number in the user's file, so that every error 
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 
 from vlmtune.console import bar
 from vlmtune.errors import DatasetError
-from vlmtune.images import load_image
+from vlmtune.images import Shrunk, load_image
 from vlmtune.messages import format_messages
 from vlmtune.recipe import DataSection
 
 Row = Mapping[str, Any]
+Sizes: TypeAlias = Mapping[int, tuple[int, int]]  # number of a picture in its row, from 0 → width, height
 READERS: dict[str, dict[str, Any]] = {  # arguments of datasets.load_dataset
     ".parquet": {"path": "parquet"},
     ".csv": {"path": "csv"},
@@ -48,6 +50,7 @@ class Rows:
     root: Path  # relative paths of pictures start here
     template: Mapping[str, Any]  # keywords of format_messages
     indices: Sequence[int]
+    shrunk: Mapping[int, Sizes] = field(default_factory=dict[int, Sizes])  # index → what its pictures are made smaller to
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -66,9 +69,13 @@ class Rows:
         """Some of these rows, under their old numbers."""
         return replace(self, indices=[self.indices[position] for position in positions])
 
+    def shrink(self, sizes: Mapping[int, Sizes]) -> Rows:
+        """These rows, with smaller pictures in those at the positions given."""
+        return replace(self, shrunk={**self.shrunk, **{self.indices[position]: size for position, size in sizes.items()}})
+
     def alone(self, row: Row) -> Rows:
         """One more row, read as these are."""
-        return replace(self, content=[row], indices=[0], source="the given rows")
+        return replace(self, content=[row], indices=[0], source="the given rows", shrunk={})
 
     def prompt(self, position: int) -> Sample:
         """The sample without its last answer: what the model is asked."""
@@ -87,7 +94,19 @@ class Rows:
             messages = format_messages(self.raw(position), **self.template, prompt_only=prompt_only)
         except DatasetError as error:
             raise DatasetError(f"{name}: {error}") from None
-        return Sample(messages=[_rooted(message, self.root) for message in messages], name=name)
+        messages = [_rooted(message, self.root) for message in messages]
+        return Sample(messages=resized(messages, self.shrunk.get(self.indices[position], {})), name=name)
+
+
+def resized(messages: Sequence[Mapping[str, Any]], sizes: Sizes) -> list[dict[str, Any]]:
+    """The messages with some of their pictures made smaller; nothing is opened."""
+    numbers = itertools.count()
+
+    def part_of(part: Mapping[str, Any]) -> dict[str, Any]:
+        size = sizes.get(next(numbers)) if part["type"] == "image" else None
+        return {**part, "image": Shrunk(part["image"], *size)} if size else dict(part)
+
+    return [{**message, "content": [part_of(part) for part in message["content"]]} for message in messages]
 
 
 def spread(rows: Rows | Sequence[Any], count: int) -> list[Any]:
@@ -103,12 +122,13 @@ class Split:
     train: Rows
     held_out: Rows | None
     dropped: Mapping[str, str] = field(default_factory=dict[str, str])  # name of a row → why
+    shrunk: Mapping[str, str] = field(default_factory=dict[str, str])  # name of a row that is kept → what was made smaller
 
     def without(self, find_bad: Callable[[Rows], Mapping[int, str]], *, policy: str, hint: str) -> Split:
         """The split without the rows that `find_bad` finds, position → what is wrong; these are counted as dropped.
 
         Raises:
-            DatasetError: there are bad rows and `policy` is `raise`, or no others are left; the first few are named.
+            DatasetError: there are bad rows and `policy` is not `drop`, or no others are left; the first few are named.
 
         """
         dropped = dict(self.dropped)
@@ -119,7 +139,7 @@ class Split:
             return _without(rows, bad, policy=policy, hint=hint)
 
         train = good(self.train)
-        return Split(train, good(self.held_out) if self.held_out is not None else None, dropped)
+        return replace(self, train=train, held_out=good(self.held_out) if self.held_out is not None else None, dropped=dropped)
 
 
 def load_data(section: DataSection, *, seed: int = 42) -> Split:
@@ -270,7 +290,7 @@ def _without(rows: Rows, bad: Mapping[int, str], *, policy: str, hint: str) -> R
         return rows
     kept = rows.select(position for position in range(len(rows)) if position not in bad)
     hint = hint if kept.indices else "no others are left"
-    if policy == "raise" or not kept.indices:
+    if policy != "drop" or not kept.indices:
         named = "".join(f"\n  {rows.name(position)}: {bad[position]}" for position in list(bad)[:SHOWN])
         more = f"\n  and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
         raise DatasetError(f"{len(bad)} of {len(rows)} rows cannot be used ({hint}):{named}{more}")

@@ -18,11 +18,11 @@ from peft import PeftModel
 from rich.table import Table
 from rich.text import Text
 
-from vlmtune.batching import Collator, counted_rows, longest_row, usable_rows
+from vlmtune.batching import Collator, collator_of, counted_rows, usable_rows
 from vlmtune.checks import Finding, Patient, look, named, this_machine
 from vlmtune.checks_data import DATA, ENVIRONMENT
 from vlmtune.checks_template import ENCODED, TEMPLATE
-from vlmtune.collator import MultimodalCollator, training_template
+from vlmtune.collator import MultimodalCollator
 from vlmtune.console import command_line, console, is_main_process
 from vlmtune.data import Split, spread
 from vlmtune.errors import DatasetError, ModelError
@@ -49,7 +49,7 @@ NOT_AT_START = {  # known to whoever wrote the recipe, or told by `finetune` its
 
 @dataclass(frozen=True)
 class Report:
-    """What an examination found. A notebook and `print` show it as a table."""
+    """What an examination found; `print` shows it as a table."""
 
     findings: tuple[Finding, ...]
 
@@ -110,23 +110,26 @@ def examine(
     checked = load_recipe(recipe, **overrides)
     processor, found = load_processor(checked, family=family)
     try:
-        training_template(processor, found, masked=not checked.train_on_inputs)
+        patient = admit(checked, processor, found, collator=collator)
     except ModelError as error:
-        remedy = "save a template that marks its answers with {% generation %} beside the checkpoint's processor"
+        remedy = (
+            "save a template that marks its answers with {% generation %} beside the processor, or name one: `chat_template`"
+        )
         return _report([Finding("template: missing", "failure", str(error), remedy)])
-    return examined(admit(checked, processor, found, collator=collator))
+    return examined(patient)
 
 
 def admit(recipe: Recipe, processor: Processor, family: Family, *, collator: Collator | None = None) -> Patient:
     """The patient of a recipe: its rows and its collator; the model comes when it is asked for.
 
     Raises:
+        ModelError: no chat template that can be trained with.
         VlmtuneError: rows that cannot be read, or none that can be used.
 
     """
     config, seed = load_config(recipe.model), sft_config(recipe).seed
+    prompter = collator_of(recipe, processor, family, config)
     split = usable_rows(_dropping(recipe), seed, check_images=recipe.data.check_images)
-    prompter = MultimodalCollator(processor, family, recipe.train_on_inputs, max_length=longest_row(recipe, config))
     return Patient(
         recipe,
         prompter,
@@ -236,9 +239,9 @@ def _dropped(recipe: Recipe, split: Split, check: str, good: str) -> Finding:
 
 def _report(findings: Sequence[Finding]) -> Report:
     """The findings by group, and a sentence that ends several checks only once."""
-    first: dict[tuple[str, str], Finding] = {}
+    first: dict[str, Finding] = {}
     for finding in findings:
-        first.setdefault((finding.found, "" if finding.verdict == "failure" else finding.check), finding)
+        first.setdefault(f"{finding.check}: {finding.found}" if finding.verdict == "ok" else finding.found, finding)
     return Report(tuple(sorted(first.values(), key=lambda finding: GROUPS.index(finding.check.partition(":")[0]))))
 
 

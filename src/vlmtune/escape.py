@@ -21,6 +21,8 @@ import torch
 from tokenizers import AddedToken
 from torch import Tensor
 
+from vlmtune.tools import beside, replaced, texts
+
 FIRST = 0x10F000  # in the last private-use plane of Unicode, which texts do not use
 SPACES = "\n\r\t "
 LEADING = re.compile(r"[ \t]*[\n\r][\n\r\t ]*")  # would melt into one token with the newline that ends a turn's header
@@ -46,12 +48,20 @@ class Escape:
 
     def __call__(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The messages with every special token in their texts replaced; the messages given stay as they were."""
-        return [{**m, "content": [self._part(part, m["role"]) for part in m["content"]]} for m in messages]
+        return [
+            {**m, **replaced(beside(m), self._plainly), "content": [self._part(part, m["role"]) for part in m["content"]]}
+            for m in messages
+        ]
 
     def is_needed(self, messages: Sequence[Mapping[str, Any]]) -> bool:
         """Whether any text holds a special token, or an answer starts with a newline."""
-        texts = [(part["text"], m["role"]) for m in messages for part in m["content"] if part["type"] == "text"]
-        return any(self._pattern.search(text) or (role == "assistant" and LEADING.match(text)) for text, role in texts)
+        for message in messages:
+            said = [part["text"] for part in message["content"] if part["type"] == "text"]
+            if message["role"] == "assistant" and any(map(LEADING.match, said)):
+                return True
+            if any(map(self._pattern.search, [*said, *texts(beside(message))])):
+                return True
+        return False
 
     @property
     def processor(self) -> Any:
@@ -70,11 +80,14 @@ class Escape:
     def _part(self, part: Mapping[str, Any], role: str) -> dict[str, Any]:
         if part["type"] != "text":
             return dict(part)
-        text = self._pattern.sub(lambda found: self._words[found[0]], part["text"])
+        text = self._plainly(part["text"])
         if role == "assistant":
             start = found[0] if (found := LEADING.match(text)) else ""
             text = "".join(self._words[space] for space in start) + text.removeprefix(start)
         return {**part, "text": text}
+
+    def _plainly(self, text: str) -> str:
+        return self._pattern.sub(lambda found: self._words[found[0]], text)
 
 
 def _plain_ids(tokenizer: Any, word: str) -> list[int]:

@@ -18,6 +18,7 @@ from vlmtune.collator import MultimodalCollator
 from vlmtune.console import console, half_blocks, progress
 from vlmtune.images import load_image
 from vlmtune.model import evaluating, on_device
+from vlmtune.tools import beside
 
 Sample = Mapping[str, Any]
 THUMBNAIL = 160  # pixels, longest edge
@@ -72,9 +73,12 @@ def question(sample: Sample) -> dict[str, Any]:
     return {**sample, "messages": messages[:-1] if messages[-1]["role"] == "assistant" else messages}
 
 
-def expected_answer(sample: Sample) -> str:
-    """The text of the sample's last answer."""
-    return _text(sample["messages"][-1]) if sample["messages"][-1]["role"] == "assistant" else ""
+def expected_answer(sample: Sample, collator: MultimodalCollator) -> str:
+    """The text of the sample's last answer; its calls and reasoning as the chat template writes them."""
+    last = sample["messages"][-1]
+    if last["role"] != "assistant":
+        return ""
+    return collator.answer(sample) if beside(last) else _text(last)
 
 
 def blanked(sample: Sample) -> dict[str, Any]:
@@ -184,14 +188,11 @@ def compare(
     with model.disable_adapter():
         base = answers(model, collator, asked, description="Base answers", **options)
     tuned = answers(model, collator, asked, description="Tuned answers", **options)
-    return comparison(samples, base, tuned)
-
-
-def comparison(samples: Sequence[Sample], base: Sequence[str], tuned: Sequence[str]) -> Comparison:
-    """The table of answers that are there already."""
     return Comparison(
         tuple(
-            ComparedRow(thumbnails(sample), _text(question(sample)["messages"][-1]), expected_answer(sample), before, after)
+            ComparedRow(
+                thumbnails(sample), _text(question(sample)["messages"][-1]), expected_answer(sample, collator), before, after
+            )
             for sample, before, after in zip(samples, base, tuned, strict=True)
         )
     )

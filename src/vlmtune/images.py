@@ -13,6 +13,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from http.client import HTTPException
 from io import BytesIO
 from os import PathLike
@@ -23,7 +24,17 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from vlmtune.errors import ImageError
 
-Source = Image.Image | str | PathLike[str] | bytes  # str: a path, an http(s), file or data URL
+
+@dataclass(frozen=True)
+class Shrunk:
+    """A picture that is made smaller when it is opened."""
+
+    source: "Source"
+    width: int
+    height: int
+
+
+Source = Image.Image | str | PathLike[str] | bytes | Shrunk  # str: a path, an http(s), file or data URL
 
 TIMEOUT = 30  # seconds
 SIDEWAYS = (5, 6, 7, 8)  # the EXIF orientations that swap width and height
@@ -36,6 +47,8 @@ def load_image(source: Source, *, root: Path | None = None) -> Image.Image:
     paths start at `root`. Raises `ImageError` for whatever cannot be found, opened or decoded, and for more pixels
     than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
+    if isinstance(source, Shrunk):
+        return load_image(source.source, root=root).resize((source.width, source.height), Image.Resampling.LANCZOS)
     with _opened(source, root, verify=True) as image:
         image.load()
         return _rgb(_upright(image))
@@ -43,14 +56,22 @@ def load_image(source: Source, *, root: Path | None = None) -> Image.Image:
 
 def image_size(source: Source, *, root: Path | None = None) -> tuple[int, int]:
     """`(width, height)` of what `load_image` returns, from the file's header: no pixel is decoded."""
+    if isinstance(source, Shrunk):
+        return source.width, source.height
     with _opened(source, root) as image:
         width, height = image.size
         return (height, width) if _lies_sideways(image) else (width, height)
 
 
 def fingerprint(source: Source) -> str:
-    """32 hex digits of the picture's bytes: the same for the same file, wherever it lies. No pixel is decoded."""
+    """32 hex digits of the picture's bytes: the same for the same file, wherever it lies. No pixel is decoded.
+
+    A `Shrunk` picture has another one than its original.
+    """
     digest = hashlib.blake2b(digest_size=16)
+    if isinstance(source, Shrunk):
+        digest.update(repr((fingerprint(source.source), source.width, source.height)).encode())
+        return digest.hexdigest()
     if isinstance(source, Image.Image):
         seen = (source.mode, source.size, source.info.get("transparency"), source.getpalette(), _lies(source))
         digest.update(repr(seen).encode())
@@ -60,6 +81,11 @@ def fingerprint(source: Source) -> str:
         while piece := stream.read(2**20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def original(source: Source) -> Source:
+    """The picture before it is made smaller."""
+    return original(source.source) if isinstance(source, Shrunk) else source
 
 
 def describe_source(source: object) -> str:

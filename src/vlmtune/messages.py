@@ -7,6 +7,7 @@ format happens once, in `format_messages`: names of roles, kinds of parts, pictu
 turns. A picture stays what it was (PIL image, path, URL, data URL or bytes); nothing is opened here.
 """
 
+import json
 import math
 import os
 import re
@@ -22,8 +23,10 @@ Message = dict[str, Any]
 Part = dict[str, Any]
 
 SYNONYMS = {"developer": "system", "human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
-ROLES = {"system": "system", "user": "user", "assistant": "assistant", **SYNONYMS}
-NOT_YET = ("tool_calls", "function_call", "reasoning", "reasoning_content", "thinking")  # refused, not silently lost
+ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool", **SYNONYMS}
+FOLLOWS = {"user": ("assistant",), "assistant": ("user",), "calls": ("tool",), "tool": ("tool", "assistant")}
+REASONING = ("reasoning_content", "reasoning", "thinking")  # chat templates read the first of these names
+REASONING_PARTS = ("reasoning", "thinking")
 TEXT_PARTS = ("text", "input_text", "output_text")
 IMAGE_PARTS = ("image", "image_url", "input_image")
 # where a picture stands in a part or in a datasets `Image` dict; bytes first, for then the path is only a name
@@ -59,6 +62,7 @@ class RowFormat:
     # `<image>` in a user's text stands for a picture, and every picture has one; None: where a row with pictures has it
     marked: bool | None = False
     templated: bool = False  # made from prompt= and response=
+    tools: str | None = None  # the column of the tools that the assistant may call, where a row has it
 
     def wanted(self, prompt_only: bool) -> tuple[str, ...]:
         return self.columns if prompt_only or self.answer is None else (*self.columns, self.answer)
@@ -82,7 +86,9 @@ def format_messages(
 
     Every content is a list of typed parts: `{"type": "text", "text": str}`, `{"type": "image", "image": picture}` (PIL
     image, path, URL, data URL or bytes) and `{"type": "video", ...}` as it came. An optional system message comes
-    first, then user and assistant take turns; the user begins and the assistant has the last word.
+    first, then user and assistant take turns; the user begins and the assistant has the last word. An assistant's message
+    may have `tool_calls` and `reasoning_content`, messages of the role `tool` follow upon calls, and the row's `tools` are
+    those of the first message.
 
     - `format`: `columns`, `openai`, `sharegpt`, `alpaca`, `prompt_completion`, the name of an entry point in
       `vlmtune.formats`, a `RowFormat`, or `auto`: `columns` where a template is given, else told from the columns.
@@ -113,7 +119,9 @@ def format_messages(
         messages = [_message(turn, number, marked) for number, turn in enumerate(turns, 1)]
         _place_pictures(messages, pictures, marked=marked)
         _check_contents(messages)
-        return _with_system(messages, "" if system is None else _fill(system, row))
+        messages = _with_system(messages, "" if system is None else _fill(system, row))
+        tools = _tools(row.get(chosen.tools), chosen.tools) if chosen.tools else []
+        return [{**messages[0], "tools": tools}, *messages[1:]] if tools else messages
     except DatasetError as error:
         raise DatasetError(f"format {chosen.name!r}: {error}") from None
 
@@ -174,11 +182,9 @@ def _turn(turn: Any, number: int) -> Message:
         raise DatasetError(f"turn {number} is {_kind(turn)}, wanted a mapping with a role and a content.")
     role = turn.get("role")
     if not isinstance(role, str) or role not in ROLES:
-        raise DatasetError(f"turn {number} has the role {_short(role)}, wanted system, user or assistant.")
-    for field in NOT_YET:
-        if turn.get(field):
-            raise DatasetError(f"turn {number} has {field!r}, which is not supported yet.")
-    return {"role": ROLES[role], "content": turn.get("content")}
+        raise DatasetError(f"turn {number} has the role {_short(role)}, wanted system, user, assistant or tool.")
+    role = ROLES[role]
+    return {"role": role, "content": turn.get("content"), **_beside(turn, role, f"turn {number} ({role})")}
 
 
 def _check_order(turns: Sequence[Message], prompt_only: bool) -> None:
@@ -186,11 +192,21 @@ def _check_order(turns: Sequence[Message], prompt_only: bool) -> None:
     first = int(roles[:1] == ["system"])
     if not roles[first:]:
         raise DatasetError("there is no user's turn, wanted a user's and an assistant's.")
-    for number, role in enumerate(roles[first:]):
-        wanted = ("user", "assistant")[number % 2]
-        if role != wanted:
-            hint = " (a system message comes first or not at all)" if role == "system" else ""
-            raise DatasetError(f"turn {first + number + 1} is the {role}'s, wanted the {wanted}'s{hint}.")
+    wanted: tuple[str, ...] = ("user",)
+    calls: list[dict[str, Any]] = []
+    for number, turn in enumerate(turns[first:], first + 1):
+        role = turn["role"]
+        if role not in wanted:
+            hint = {
+                "system": " (a system message comes first or not at all)",
+                "tool": " (a tool's result follows upon tool_calls)",
+            }.get(role, "")
+            raise DatasetError(f"turn {number} is the {role}'s, wanted {_either(wanted)}{hint}.")
+        calls = turn.get("tool_calls", calls)
+        known = [call.get("id") for call in calls]
+        if role == "tool" and None not in known and turn.get("tool_call_id", known[0]) not in known:
+            raise DatasetError(f"turn {number} (tool) answers the call {turn['tool_call_id']!r}, which nobody made.")
+        wanted = FOLLOWS["calls" if "tool_calls" in turn else role]
     if roles[-1] != "assistant" and not prompt_only:
         raise DatasetError(f"the last turn is the {roles[-1]}'s, wanted the assistant's: it is what is learnt.")
 
@@ -203,6 +219,11 @@ def _has_marks(turns: Sequence[Message], pictures: Sequence[Any]) -> bool:
 
 def _message(turn: Message, number: int, marked: bool) -> Message:
     role, content, where = turn["role"], turn["content"], f"turn {number} ({turn['role']})"
+    reasoning: list[str] = []
+    while role == "assistant" and _is_list(content) and content and (said := _reasoning(content[0], where)) is not None:
+        reasoning, content = [*reasoning, said], content[1:]
+    if reasoning and "reasoning_content" in turn:
+        raise DatasetError(f"{where} has its reasoning twice, beside the content and in it.")
     if content is None:
         parts: list[Part] = []  # refused later, with the other empty ones
     elif isinstance(content, str):
@@ -211,7 +232,8 @@ def _message(turn: Message, number: int, marked: bool) -> Message:
         parts = [_part(part, f"a part of {where}") for part in content]
     else:
         raise DatasetError(f"the content of {where} is {_kind(content)}, wanted text or a list of parts.")
-    return {"role": role, "content": parts}
+    beside = {**turn, "reasoning_content": "\n".join(reasoning)} if any(reasoning) else turn
+    return {**beside, "content": parts}
 
 
 def _part(part: Any, where: str) -> Part:
@@ -244,7 +266,8 @@ def _split(text: str) -> list[Part]:
 
 def _check_contents(messages: Sequence[Message]) -> None:
     for number, message in enumerate(messages, 1):
-        if message["role"] != "system" and not _says_something(message, in_words=message["role"] == "assistant"):
+        may_be_empty = message["role"] in ("system", "tool") or "tool_calls" in message
+        if not may_be_empty and not _says_something(message, in_words=message["role"] == "assistant"):
             what = "the answer" if message["role"] == "assistant" else "the user's text"
             raise DatasetError(f"{what} is empty in turn {number}.")
         message["content"] = [part for part in message["content"] if part.get("text") != ""]
@@ -266,6 +289,94 @@ def _with_system(messages: list[Message], default: str) -> list[Message]:
     if not default.strip():
         return messages
     return [{"role": "system", "content": [{"type": "text", "text": default}]}, *messages]
+
+
+# ---- tools and reasoning
+
+
+def _beside(turn: Mapping[str, Any], role: str, where: str) -> dict[str, Any]:
+    """What a turn has beside its content, under the names that chat templates read."""
+    names = (*REASONING, "tool_calls", "function_call", "tool_call_id", "name")
+    given = {name: turn[name] for name in names if turn.get(name) and not _is_null(turn[name])}
+    if "function_call" in given:
+        raise DatasetError(f"{where} has 'function_call', which is the older way to write them, wanted 'tool_calls'.")
+    for name in (*REASONING, "tool_calls"):
+        if name in given and role != "assistant":
+            raise DatasetError(f"{where} has {name!r}, which only the assistant's turns have.")
+    found: dict[str, Any] = {}
+    if (reasoning := next((name for name in REASONING if name in given), None)) is not None:
+        found["reasoning_content"] = _words(given[reasoning], f"the {reasoning} of {where}")
+    if "tool_calls" in given:
+        calls = given["tool_calls"]
+        if not _is_list(calls):
+            raise DatasetError(f"the tool_calls of {where} are {_kind(calls)}, wanted a list.")
+        found["tool_calls"] = [_call(call, f"call {number} of {where}") for number, call in enumerate(calls, 1)]
+    if role == "tool":
+        found |= {key: _words(given[key], f"the {key} of {where}") for key in ("tool_call_id", "name") if key in given}
+    return found
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    """A tool call as OpenAI writes it, but with its arguments as an object: that is what chat templates want."""
+    function = (call.get("function") or call) if isinstance(call, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not isinstance(name, str) or not name:
+        raise DatasetError(f"{where} names no function, wanted {{'function': {{'name': ..., 'arguments': {{...}}}}}}.")
+    arguments = _object(function.get("arguments"), f"the arguments of {where}")
+    if not isinstance(arguments, dict):
+        raise DatasetError(f"the arguments of {where} are {_kind(arguments)}, wanted an object.")
+    own = {} if _is_null(call.get("id")) else {"id": _words(call["id"], f"the id of {where}")}
+    return {"type": "function", **own, "function": {"name": _words(name, where), "arguments": arguments}}
+
+
+def _tools(value: Any, column: str) -> list[Any]:
+    """The schemas in a row's column of tools."""
+    tools = _object(value, f"column {column!r}") or []
+    if not _is_list(tools):
+        raise DatasetError(f"column {column!r} holds {_kind(tools)}, wanted a list of tools.")
+    for number, tool in enumerate(tools, 1):
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise DatasetError(f"tool {number} in column {column!r} has no name, wanted {{'function': {{'name': ...}}}}.")
+    return tools
+
+
+def _reasoning(part: Any, where: str) -> str | None:
+    """The text of a part that holds reasoning; None of another part."""
+    if not isinstance(part, Mapping) or part.get("type") not in REASONING_PARTS:
+        return None
+    text = next((part[key] for key in (*REASONING, "text") if not _is_null(part.get(key))), None)
+    return _words(text, f"the {part['type']} of {where}")
+
+
+def _words(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise DatasetError(f"{where} is {_kind(value)}, wanted text.")
+    return _json(value, where)
+
+
+def _object(value: Any, where: str) -> Any:
+    """A copy of an object, or of what a JSON text says; an empty one for null and blank text."""
+    if _is_null(value) or (isinstance(value, str) and not value.strip()):
+        return {}
+    try:
+        return _json(json.loads(value), where, nulls=True) if isinstance(value, str) else _json(value, where)
+    except (ValueError, RecursionError) as error:  # no JSON, a number of thousands of digits, thousands of brackets
+        raise DatasetError(f"{where} cannot be read as JSON: {error}.") from None
+
+
+def _json(value: Any, where: str, *, nulls: bool = False) -> Any:
+    """A copy of what JSON can write. Without `nulls` keys that are null, as Arrow fills them in, are left out."""
+    if isinstance(value, Mapping):
+        kept = {key: each for key, each in value.items() if nulls or not _is_null(each)}
+        return {_json(key, where): _json(each, where, nulls=nulls) for key, each in kept.items()}
+    if _is_list(value):
+        return [_json(each, where, nulls=nulls) for each in value]
+    if isinstance(value, str) and LONE_SURROGATE.search(value):
+        raise DatasetError(f"{where} holds half of a UTF-16 pair, which is no character.")
+    if not (value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))):
+        raise DatasetError(f"{where} holds {_short(value)}, which JSON cannot write.")
+    return value
 
 
 # ---- pictures
@@ -383,6 +494,10 @@ def _kind(value: Any) -> str:
     return "null" if _is_null(value) else f"a value of type {type(value).__name__}"
 
 
+def _either(roles: Sequence[str]) -> str:
+    return " or ".join(f"the {role}'s" for role in roles)
+
+
 def _short(value: Any) -> str:
     return repr(value) if len(repr(value)) < 60 else f"{repr(value)[:57]}..."
 
@@ -448,8 +563,10 @@ ALPACA_WITHOUT_INPUT = (
 )
 
 COLUMNS = RowFormat("columns", _read_columns, templated=True)
-OPENAI = RowFormat("openai", lambda row, _: _turns(row, "messages"), ("messages",), marked=None)
-SHAREGPT = RowFormat("sharegpt", lambda row, _: _turns(row, "conversations"), ("conversations",), marked=True)
+OPENAI = RowFormat("openai", lambda row, _: _turns(row, "messages"), ("messages",), marked=None, tools="tools")
+SHAREGPT = RowFormat("sharegpt", lambda row, _: _turns(row, "conversations"), ("conversations",), marked=True, tools="tools")
 ALPACA = RowFormat("alpaca", _read_alpaca, ("instruction",), answer="output")
-PROMPT_COMPLETION = RowFormat("prompt_completion", _read_prompt_completion, ("prompt",), answer="completion", marked=None)
+PROMPT_COMPLETION = RowFormat(
+    "prompt_completion", _read_prompt_completion, ("prompt",), answer="completion", marked=None, tools="tools"
+)
 FORMATS = {each.name: each for each in (COLUMNS, OPENAI, SHAREGPT, ALPACA, PROMPT_COMPLETION)}

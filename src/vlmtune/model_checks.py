@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def modules(patient: Patient) -> Finding:
 
 
 def frozen_base(patient: Patient) -> Finding:
-    """Nothing but the adapter is to learn; a step is tried, and taken back."""
+    """Nothing but the adapter is to learn: only that is saved."""
     loose = [name for name, weight in patient.model.named_parameters() if weight.requires_grad and "lora_" not in name]
     if loose:
         return failure(
@@ -204,7 +205,8 @@ def first_loss(patient: Patient) -> Finding:
 def same_as_base(patient: Patient) -> Finding:
     row = _example(patient)
     tuned, base = _loss(patient, row), _loss(patient, row, adapter=False)
-    if not _same(patient, tuned, base):
+    rounding = (SAME if patient.model.dtype == torch.float32 else ROUNDED) * max(abs(tuned), abs(base))
+    if abs(tuned - base) > rounding:
         return failure(
             f"{row['name']}: before the first step the loss is {tuned:.4f} with the adapter and {base:.4f} without",
             "begin with B at zero, as PEFT does, or name the adapter that is to be trained further",
@@ -262,11 +264,12 @@ def _trained_rows(patient: Patient) -> list[Row]:
 
 
 def _example(patient: Patient) -> Row:
-    """A short row, with a picture where there are any."""
+    """A short row, with a picture where there are any; shaded, because attention learns nothing from patches of one colour."""
     rows = _trained_rows(patient)
     if not rows:
         raise DatasetError("no row that is looked at has a trained token, so that nothing can be learnt from it")
-    return next((row for row in rows if pictures(row)), rows[0])
+    row = next((row for row in rows if pictures(row)), rows[0])
+    return _redrawn(row, lambda size: Image.radial_gradient("L").resize(size).convert("RGB"))
 
 
 def _another(patient: Patient, row: Row) -> Row:
@@ -313,20 +316,17 @@ def _checksum(weight: Tensor) -> float:
 
 def _with_pictures_of(row: Row, other: Row) -> dict[str, Any]:
     """The row with the other's pictures, each resized to the one in whose place it comes: as many tokens stand for it."""
-    sources = pictures(other)
-    places = iter(range(len(pictures(row))))
-
-    def exchanged(part: Mapping[str, Any]) -> dict[str, Any]:
-        if part["type"] != "image":
-            return dict(part)
-        picture: Image.Image = load_image(sources[next(places) % len(sources)])
-        return {"type": "image", "image": picture.resize(load_image(part["image"]).size)}
-
-    return {**row, "messages": [{**m, "content": [exchanged(part) for part in m["content"]]} for m in row["messages"]]}
+    sources = cycle(pictures(other))
+    return _redrawn(row, lambda size: load_image(next(sources)).resize(size))
 
 
-def _same(patient: Patient, a: float, b: float) -> bool:
-    return abs(a - b) <= (SAME if patient.model.dtype == torch.float32 else ROUNDED) * max(abs(a), abs(b), 1e-6)
+def _redrawn(row: Row, draw: Callable[[tuple[int, int]], Image.Image]) -> dict[str, Any]:
+    """The row with other pictures of the same sizes."""
+
+    def redrawn(part: Mapping[str, Any]) -> dict[str, Any]:
+        return {**part, "image": draw(load_image(part["image"]).size)} if part["type"] == "image" else dict(part)
+
+    return {**row, "messages": [{**m, "content": [redrawn(part) for part in m["content"]]} for m in row["messages"]]}
 
 
 def _mean(values: Sequence[float]) -> float:

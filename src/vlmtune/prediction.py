@@ -15,9 +15,11 @@ from transformers import TrainerCallback
 from vlmtune.console import console
 from vlmtune.errors import RecipeError, VlmtuneError
 from vlmtune.plan import make_plan
+from vlmtune.plan.cards import find_card, seconds
 from vlmtune.plan.forecast import FILLING, Plan
 from vlmtune.plan.measurements import card_here, keep
 from vlmtune.plan.report import show
+from vlmtune.plan.words import as_arguments
 from vlmtune.recipe import Recipe, load_recipe
 
 GIB = 2**30
@@ -43,7 +45,7 @@ def planned(recipe: Recipe, *, own: str = "") -> Plan | None:
     if recipe.plan.mode == "auto":
         if own:
             raise RecipeError(f"`plan` is auto, and you pass {own} of your own, which a plan cannot see: set plan: off")
-        plan = make_plan(recipe, fit=True)
+        plan = make_plan(_of_rows(recipe), gpu=card_here(), fit=True)
         show(plan)
         if not plan.overrides and plan.needed_gib > (1 - recipe.plan.margin) * plan.visible_gib:
             raise RecipeError(f"`plan` is auto: {plan.advice or 'nothing fits'}")
@@ -51,10 +53,15 @@ def planned(recipe: Recipe, *, own: str = "") -> Plan | None:
     if recipe.plan.mode == "off" or own or card_here() is None:
         return None
     try:
-        return make_plan(recipe, advise=False)
-    except VlmtuneError as error:
+        return make_plan(_of_rows(recipe), gpu=card_here(), advise=False)
+    except Exception as error:  # a prediction is no reason to end a run
         console.print(f"no prediction of this run's memory: {error}", style="yellow", highlight=False)
         return None
+
+
+def _of_rows(recipe: Recipe) -> Recipe:
+    """The recipe without stated sizes: a run has its rows at hand."""
+    return load_recipe(recipe, **{"data.image_size": None, "data.text_tokens": None})
 
 
 def chosen_before(recipe: Recipe, directory: Path) -> Recipe:
@@ -73,13 +80,18 @@ def in_words(plan: Plan | None) -> dict[str, str]:
 
 
 class Gauge(TrainerCallback):
-    """Measures a GPU's memory and the seconds of a step, shows them beside the plan after the first step, and keeps them."""
+    """Measures a GPU's memory and the seconds of a step, shows them beside the plan after the first step, and keeps them.
+
+    What evaluations and checkpoints need is left out, for a plan does not have it: memory counts up to the first of them.
+    """
 
     def __init__(self, plan: Plan, model: str) -> None:
         self.plan, self.model = plan, model
         self.entry: dict[str, Any] = {}
         self._seconds: list[float] = []
         self._began = 0.0
+        self._steps_alone = True
+        self._allocated = self._reserved = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         torch.cuda.empty_cache()  # what loading and encoding have left behind
@@ -91,13 +103,21 @@ class Gauge(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         torch.cuda.synchronize()
         self._seconds.append(time.perf_counter() - self._began)
+        if self._steps_alone:
+            self._allocated = torch.cuda.max_memory_allocated() / GIB
+            self._reserved = torch.cuda.max_memory_reserved() / GIB
         if len(self._seconds) == 1:  # the costliest step comes first
-            reserved, allocated = torch.cuda.max_memory_reserved() / GIB, torch.cuda.max_memory_allocated() / GIB
             console.print(
-                f"first step: {allocated:.1f} GiB allocated and {reserved:.1f} reserved, predicted were "
+                f"first step: {self._allocated:.1f} GiB allocated and {self._reserved:.1f} reserved, predicted were "
                 f"{self.predicted_allocated:.1f} and {self.predicted_reserved:.1f}",
                 highlight=False,
             )
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._steps_alone = False
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._steps_alone = False
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.entry = {
@@ -105,16 +125,25 @@ class Gauge(TrainerCallback):
             "model": self.model,
             "when": datetime.now(UTC).isoformat(timespec="seconds"),
             "setting": self.plan.forecast.setting.model_dump(),
-            "allocated_gib": torch.cuda.max_memory_allocated() / GIB,
+            "allocated_gib": self._allocated,
             "predicted_allocated_gib": self.predicted_allocated,
-            "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
+            "reserved_gib": self._reserved,
             "predicted_reserved_gib": self.predicted_reserved,
-            "step_seconds": median(self._seconds[1:] or self._seconds or [0.0]),  # the first compiles and allocates
-            "predicted_step_seconds": self.plan.step_seconds,
+            "step_seconds": median(self._seconds[1:] or self._seconds or [0.0]),  # the first allocates, and starts kernels
+            "predicted_step_seconds": self._estimated_seconds(),
             "versions": self.plan.versions,
         }
-        if args.process_index == 0:
+        if args.world_size > 1:  # other steps than those of one card
+            return
+        try:
             keep(self.entry)
+        except OSError as error:
+            console.print(f"not kept for later plans: {error}", style="yellow", highlight=False)
+
+    def _estimated_seconds(self) -> float | None:
+        """Without what earlier runs have taught: or corrections would be corrected."""
+        card = find_card(self.plan.card)
+        return seconds(self.plan.forecast.work, card) if card.tflops else None
 
     @property
     def predicted_reserved(self) -> float:
@@ -130,20 +159,29 @@ class Gauge(TrainerCallback):
         return self.predicted_reserved - (self.plan.reserved_gib - self.plan.peak_gib)
 
 
-def remedy(recipe: Recipe, plan: Plan | None, error: Exception) -> str:
-    """How much memory was missing, and the next setting that fits."""
+def remedy(recipe: Recipe, plan: Plan | None, error: Exception, *, own: str = "") -> str:
+    """How much memory was missing, and the next setting that fits: one that needs less than what has failed.
+
+    Args:
+        recipe: what was trained.
+        plan: the run's, if it had one.
+        error: torch's.
+        own: what of the run a plan cannot see.
+
+    """
+    return f"{missing(str(error))}; {GENERAL if own else _next_setting(recipe, plan)}"
+
+
+def _next_setting(recipe: Recipe, plan: Plan | None) -> str:
+    console.print("Memory is full: looking for a setting that fits", highlight=False)
     try:
-        below = None if plan is None else plan.needed_gib * ROOM
-        console.print("Memory is full: looking for a setting that fits", highlight=False)
-        found = make_plan(recipe, fit=True, below_gib=below)
-        if found.overrides:
-            changes = " ".join(f"{key}={value}" for key, value in found.overrides.items()).replace("False", "false")
-            advice = f"the next setting that fits is {changes}, which needs {found.needed_gib:.1f} GiB"
-        else:
-            advice = found.advice or GENERAL
+        failed = plan or make_plan(_of_rows(recipe), gpu=card_here(), advise=False)
+        found = make_plan(_of_rows(recipe), gpu=card_here(), fit=True, below_gib=failed.needed_gib * ROOM)
     except VlmtuneError:
-        advice = GENERAL
-    return f"{missing(str(error))}; {advice}"
+        return GENERAL
+    if not found.overrides:
+        return found.advice or GENERAL
+    return f"the next setting that fits is {as_arguments(found.overrides)}, which needs {found.needed_gib:.1f} GiB"
 
 
 def missing(message: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Literal, cast, get_type_hints
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from PIL.Image import MAX_IMAGE_PIXELS
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -74,6 +75,9 @@ class ModelSection(Section):
     trust_remote_code: bool = False
 
 
+MOST_PIXELS = 2 * (MAX_IMAGE_PIXELS or 2**27)  # of a picture: pillow decodes none with more
+
+
 class DataSection(Section):
     source: str = Field(min_length=1)  # hub id, directory, image folder, or .jsonl .json .parquet .csv file
     split: str = "train"
@@ -105,6 +109,8 @@ class DataSection(Section):
             raise _mistake("data.image_size is stated without data.text_tokens: a plan without the data needs both")
         if any(len(size) != 2 or min(size) < 1 for size in self.image_sizes):
             raise _mistake(f"data.image_size is {self.image_size}: [width, height] in pixels is wanted, or a list of such")
+        if any(width * height > MOST_PIXELS for width, height in self.image_sizes):
+            raise _mistake(f"data.image_size is {self.image_size}: pillow decodes no picture of so many pixels")
         return self
 
     @property
@@ -192,7 +198,8 @@ class Recipe(Section):
     vision_cache: VisionCacheSection = VisionCacheSection()
     plan: PlanSection = PlanSection()
     on_bad_row: Literal["raise", "drop"] = "raise"
-    on_too_long: Literal["raise", "drop"] = "raise"
+    on_too_long: Literal["raise", "drop", "shrink"] = "raise"
+    doctor: bool = True  # examine the run before it begins, and whether the tuned model looks at its pictures
     eval: EvalSection = EvalSection()
     merge: bool = False  # merge the adapter into OUTPUT_DIR/merged after training
     train: dict[str, Any] = {}  # any field of trl.SFTConfig, by its name

@@ -140,7 +140,7 @@ def _accuracy(run: Run, samples: Sequence[Row], model: Any, description: str) ->
     asked = [evaluation.question(sample) for sample in samples]
     options = answer_options(run.recipe.eval)
     given = evaluation.answers(model, run.prompter, asked, description=description, **options)
-    return evaluation.accuracy(given, [evaluation.expected_answer(sample) for sample in samples])
+    return evaluation.accuracy(given, [evaluation.expected_answer(sample, run.prompter) for sample in samples])
 
 
 def _places(directory: Path) -> dict[str, Any]:

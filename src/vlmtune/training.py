@@ -24,6 +24,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig
 
+from vlmtune import doctor
 from vlmtune.batching import Batching, Collator, batching, collator_of, counted_rows, passes, usable_rows
 from vlmtune.callbacks import HeldOutAnswers, ProgressBar
 from vlmtune.collator import MultimodalCollator
@@ -39,6 +40,8 @@ from vlmtune.recipe import Recipe, load_recipe
 from vlmtune.result import Run, answer_options, evaluate, save
 from vlmtune.trainer import Trainer, checkpoint_every, listed, sft_config
 from vlmtune.vision_cache import Processes, keep_features
+
+NAMED = 20  # rows of a kind that the terminal names
 
 
 def finetune(
@@ -85,8 +88,11 @@ def finetune(
     processor.chat_template = prompter.chat_template  # what is trained is what is saved, in checkpoints too
     if checkpoint is not None:
         _refuse_another_adapter(model, checkpoint)
-    with _memory_errors(checked, plan, lambda: "before training, with one to eight pictures or two rows at once"):
+    own = _own(family, collator)
+    with _memory_errors(checked, plan, own, lambda: "before training, with one to eight pictures or two rows at once"):
         split, batches, cache = _prepared(checked, config, model, split, prompter, collator)
+        if checked.doctor and collator is None:
+            doctor.at_start(checked, prompter, split, model)
     with disk_errors(output_dir):
         if is_main_process():
             _open_output(checked, afresh=overwrite and not resume)
@@ -96,11 +102,13 @@ def finetune(
             trainer.add_callback(gauge)
         run = Run(model, processor, trainer, checked, found, split, prompter)
         _show_decisions(run, batches.packing, cache, plan)
-        with _memory_errors(checked, plan, lambda: _where(trainer, split.train)):
+        with _memory_errors(checked, plan, own, lambda: _where(trainer, split.train)):
             seconds = _train(trainer, checkpoint)
     run.metrics |= _training_metrics(run, seconds) | ({"memory": gauge.entry} if gauge is not None else {})
     if is_main_process():
         save(run)
+        if checked.doctor:
+            _say_whether_it_looks(run)
     trainer.accelerator.wait_for_everyone()
     if is_main_process():
         with disk_errors(output_dir):
@@ -116,7 +124,7 @@ def _with_absolute_model(recipe: Recipe) -> Recipe:
 
 def _agreed_plan(recipe: Recipe, family: Family | str | None, collator: Collator | None) -> Plan | None:
     """The first process's plan, for all."""
-    own = "a collator" if collator is not None else "a family" if isinstance(family, Family) else ""
+    own = _own(family, collator)
     found: Plan | VlmtuneError | None = None
     if is_main_process():
         try:
@@ -128,6 +136,11 @@ def _agreed_plan(recipe: Recipe, family: Family | str | None, collator: Collator
     if isinstance(found, VlmtuneError):
         raise found
     return found
+
+
+def _own(family: Family | str | None, collator: Collator | None) -> str:
+    """What of a run is the caller's own, so that a plan cannot see it."""
+    return "a collator" if collator is not None else "a family" if isinstance(family, Family) else ""
 
 
 def _checkpoint(output_dir: Path) -> Path:
@@ -168,6 +181,10 @@ def _of_the_first(value: Any) -> Any:
 
 def _as_given(recipe: Recipe, collator: Collator) -> tuple[Batching, str]:
     """A collator of the user's makes batches as it likes, of rows as the trainer draws them."""
+    if recipe.on_too_long == "shrink":
+        raise RecipeError(
+            "`on_too_long: shrink` is for vlmtune's collator, and you pass one of your own, which opens the pictures"
+        )
     if recipe.packing.length or recipe.vision_cache.mode in ("memory", "disk"):
         asked = "`packing.length`" if recipe.packing.length else f"`vision_cache: {recipe.vision_cache.mode}`"
         raise RecipeError(f"{asked} is for vlmtune's collator, and you pass one of your own, which may change the pictures")
@@ -272,12 +289,12 @@ def _train(trainer: Trainer, checkpoint: Path | None) -> float:
 
 
 @contextmanager
-def _memory_errors(recipe: Recipe, plan: Plan | None, where: Callable[[], str]) -> Generator[None]:
+def _memory_errors(recipe: Recipe, plan: Plan | None, own: str, where: Callable[[], str]) -> Generator[None]:
     """Turns a GPU's full memory into one sentence: where, how much was missing, and what would fit."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise ModelError(f"the GPU's memory is full {where()}: {remedy(recipe, plan, error)}") from error
+        raise ModelError(f"the GPU's memory is full {where()}: {remedy(recipe, plan, error, own=own)}") from error
 
 
 def _where(trainer: Trainer, rows: Rows) -> str:
@@ -307,6 +324,7 @@ def _training_metrics(run: Run, seconds: float) -> dict[str, Any]:
         "train_rows": len(run.train_rows),
         "held_out_rows": len(run.held_out or []),
         "dropped_rows": dict(run.split.dropped),
+        "shrunk_rows": dict(run.split.shrunk),
     }
 
 
@@ -320,7 +338,7 @@ def _show_decisions(run: Run, packing: str, cache: str, plan: Plan | None) -> No
     for count in parameter_counts(run.model, run.family):
         rows[count.part] = f"{count.trainable:,} of {count.total:,} parameters trainable ({count.dtypes})"
     rows |= {
-        "rows": f"{len(run.train_rows)} to train on, {len(run.held_out or [])} held out, {len(run.split.dropped)} dropped",
+        "rows": _rows(run),
         "loss on": "prompts and answers" if recipe.train_on_inputs else "answers and their stop token",
         "stop token": run.prompter.tokenizer.convert_ids_to_tokens(run.prompter.stop_token_id),
         "step": _step(run),
@@ -331,8 +349,25 @@ def _show_decisions(run: Run, packing: str, cache: str, plan: Plan | None) -> No
         "output": recipe.output_dir,
     }
     decisions("This run", rows)
-    for name, reason in list(run.split.dropped.items())[:20]:
-        console.print(f"dropped {name}: {reason}", style="yellow", highlight=False)
+    for done, named in (("dropped", run.split.dropped), ("shrunk", run.split.shrunk)):
+        for name, reason in list(named.items())[:NAMED]:
+            console.print(f"{done} {name}: {reason}", style="yellow", highlight=False)
+        if len(named) > NAMED:
+            console.print(f"{done} {len(named) - NAMED} more: metrics.json names all", style="yellow", highlight=False)
+
+
+def _rows(run: Run) -> str:
+    split = run.split
+    counts = f"{len(split.train)} to train on, {len(split.held_out or [])} held out, {len(split.dropped)} dropped"
+    return f"{counts}; {len(split.shrunk)} of them with smaller pictures" if split.shrunk else counts
+
+
+def _say_whether_it_looks(run: Run) -> None:
+    """A model that answers the same whatever it is shown has learnt from the texts alone."""
+    found = doctor.after_training(run.recipe, run.prompter, run.split, run.model)
+    run.metrics["looks"] = found.found
+    if found.verdict != "ok":
+        console.print(f"{found.check}: {found.found} ({found.remedy})", style="bold red", highlight=False, markup=False)
 
 
 def _step(run: Run) -> str:

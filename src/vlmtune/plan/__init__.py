@@ -19,11 +19,16 @@ import typer
 from vlmtune import errors
 from vlmtune.console import console
 from vlmtune.errors import ModelError
+from vlmtune.plan.cards import find_card
 from vlmtune.plan.forecast import Plan
 from vlmtune.plan.measurements import card_here, measured
 from vlmtune.plan.page import draw, write_html
 from vlmtune.plan.report import show
 from vlmtune.recipe import Recipe, parse_overrides
+
+# variables by which torchrun, accelerate launch and MPI tell a process that it is one of several
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+LAUNCHERS = (*TORCHRUN, "ACCELERATE_", "OMPI_", "PMI_", "MV2_")
 
 
 def make_plan(
@@ -51,6 +56,8 @@ def make_plan(
         VlmtuneError: a mistake in the recipe, an unknown card, no config, rows that cannot be read.
 
     """
+    if gpu is not None:
+        find_card(gpu)  # a name that nobody knows is told at once
     content = recipe.model_dump(mode="json") if isinstance(recipe, Recipe) else recipe
     asked: dict[str, Any] = {
         "recipe": content if isinstance(content, str | Path) else dict(content),
@@ -74,7 +81,7 @@ def _answered(asked: Mapping[str, Any], *, quiet: bool) -> dict[str, Any]:
         request, reply = Path(directory, "request.json"), Path(directory, "reply.json")
         request.write_text(json.dumps(asked, default=str), encoding="utf-8")
         # a GPU that is here stays out of it, and so does torchrun
-        inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
         done = subprocess.run(
             [sys.executable, "-m", "vlmtune.planner.process", str(request), str(reply)],
             env={**inherited, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},

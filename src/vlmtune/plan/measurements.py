@@ -12,6 +12,8 @@ from typing import Any
 from vlmtune.errors import RecipeError
 from vlmtune.plan.cards import find_card
 
+NEEDED = {"card", "model", "reserved_gib", "predicted_reserved_gib", "step_seconds", "predicted_step_seconds"}
+
 
 def card_here() -> str | None:
     """The name of this machine's first card, by which vlmtune knows it, or its size; None where there is none."""
@@ -29,17 +31,19 @@ def card_here() -> str | None:
 
 
 def measured() -> list[dict[str, Any]]:
-    """All that was kept; a line that cannot be read is left out."""
+    """All that was kept; a line that cannot be read or that lacks something is left out."""
     try:
-        lines = _file().read_text(encoding="utf-8").splitlines()
+        lines = _file().read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
     entries: list[dict[str, Any]] = []
     for line in lines:
         try:
-            entries.append(json.loads(line))
+            entry = json.loads(line)
         except ValueError:  # written while the machine went down
             continue
+        if isinstance(entry, dict) and entry.keys() >= NEEDED:
+            entries.append(entry)
     return entries
 
 

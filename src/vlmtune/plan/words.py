@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
@@ -66,8 +66,17 @@ def _parts(setting: Setting) -> tuple[str, ...]:
 
 def overrides(plan: Plan) -> str:
     r"""What `fit` chose, to paste after a recipe's path: KEY=VALUE \ KEY=VALUE, a line each."""
-    values = {key: value if isinstance(value, str) else json.dumps(value) for key, value in plan.overrides.items()}
-    return " \\\n".join(shlex.quote(f"{key}={value}") for key, value in values.items())
+    return " \\\n".join(_arguments(plan.overrides))
+
+
+def as_arguments(overrides: Mapping[str, Any]) -> str:
+    """Values of a recipe as they are written behind its path."""
+    return " ".join(_arguments(overrides))
+
+
+def _arguments(overrides: Mapping[str, Any]) -> list[str]:
+    values = {key: value if isinstance(value, str) else json.dumps(value) for key, value in overrides.items()}
+    return [shlex.quote(f"{key}={value}") for key, value in values.items()]
 
 
 def kinds(plan: Plan) -> list[tuple[str, float, str]]:

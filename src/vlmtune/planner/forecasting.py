@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -26,6 +27,7 @@ ALLOWANCE_GIB = 0.3  # what a simulation cannot see: kernels' private workspace,
 KNOWN = ("aten", "bitsandbytes", "torch_attn", "prims", "profiler")  # namespaces of operators whose kernels are known
 PARTS = {"forward": "text activations", "loss": "logits and loss", "again": "recomputation", "backward": "backward pass"}
 OF_HEAD = "ChunkedLogProbFunctionBackward"  # TRL's node in the graph
+NOT_COUNTED = ("torch_compile", "neftune_noise_alpha", "use_liger_kernel")  # fields of `train`
 READ_TO_LOG = "aten::_local_scalar_dense"  # a loss, a norm: nothing is decided by it
 
 
@@ -77,7 +79,7 @@ class Forecaster:
         """Optimiser steps of the whole run."""
         if self._config.max_steps > 0:
             return self._config.max_steps
-        return round(self._config.num_train_epochs * self._steps_per_epoch)
+        return math.ceil(self._config.num_train_epochs * self._steps_per_epoch)
 
     @property
     def _steps_per_epoch(self) -> int:
@@ -227,7 +229,7 @@ class Forecaster:
             card,
             needed_gib=needed,
             work=work,
-            rows_per_step=min(rows_per_step(self._config), len(self.material.lengths)),
+            rows_per_step=len(self.material.lengths) / self._steps_per_epoch,
             tokens_per_step=self._tokens_per_step,
             steps_per_epoch=self._steps_per_epoch,
             epochs=passes(self._config, len(self.material.lengths)),
@@ -252,12 +254,18 @@ class Forecaster:
         doubts = list(self._simulation.stand_ins)
         if self._recipe.model.quantization == "int8":
             doubts.append("columns of outliers, which int8 multiplies in 16 bit, are left out of account")
+        attention = self._recipe.model.attention
+        known = {
+            f"{self.card.name} computes in float16 with adapters in 32 bit, which is counted as bfloat16": not self.card.bf16,
+            f"{attention} is counted as torch's own attention": attention not in (None, "sdpa", "eager"),
+            **{f"train.{name} is left out of account": self._recipe.train.get(name) for name in NOT_COUNTED},
+        }
+        doubts += [doubt for doubt, holds in known.items() if holds]
         if chosen := sorted(outcome.assumed - {READ_TO_LOG}):
             doubts.append(f"{', '.join(chosen)} chooses by values, and all are taken as chosen")
         return doubts
 
     def _notes(self, outcome: Outcome) -> list[str]:
-        attention = self._recipe.model.attention
         notes = {
             f"rows are padded: {self._padded_because}": bool(self._padded_because),
             f"{', '.join(_strange(outcome))}: what these operators' kernels take for themselves is not known": _strange(
@@ -265,9 +273,8 @@ class Forecaster:
             ),
             "room for the pictures' features, in memory or on the disk, is taken for granted": self._cached,
             "packing is tried out on the model only before it is trained": self._family.name == "generic" and self._packed,
-            f"{self.card.name} computes in float16, which is counted as bfloat16: as many bytes": not self.card.bf16,
-            f"{attention} is counted as torch's own attention": attention not in (None, "sdpa", "eager"),
-            "torch_compile is left out of account": self._recipe.train.get("torch_compile"),
+            "evaluations and answers to held-out rows are left out": self._config.eval_strategy != "no",
+            "times are without encoding the pictures for the cache, once": self._cached,
             "the tokenizer is not at hand: the text's tokens are as stated": self.material.stated,
         }
         return [*self._doubts(outcome), *(note for note, holds in notes.items() if holds)]

@@ -56,11 +56,12 @@ def plan_recipe(
     workshop = Workshop(recipe, card, measured)
     tried = Tried({}, workshop.forecast({}))
     search = Search(recipe, card, workshop.forecast, workshop.material(recipe), below_gib=below_gib)
-    compared: list[Tried] = []
-    if fit or (advise and tried.forecast.cards[0].verdict != "fits"):
-        compared = search.run()
-    chosen = (search.best(compared) or tried) if fit else tried
-    return _plan(workshop, search, chosen, compared if fit else [], search.advice(compared) if compared else "")
+    compared = search.run() if fit else []
+    chosen = search.best(compared) or tried
+    advice = ""
+    if advise and chosen is tried and tried.forecast.cards[0].verdict != "fits":
+        advice = search.advice(compared or search.nearest())
+    return _plan(workshop, search, chosen, compared, advice)
 
 
 class Workshop:
@@ -69,7 +70,7 @@ class Workshop:
     def __init__(self, recipe: Recipe, card: Card, measured: Measured) -> None:
         self.recipe, self.card, self.measured = recipe, card, measured
         self._forecasts: dict[str, Forecast] = {}
-        self._materials: dict[int | None, Material] = {}
+        self._materials: dict[tuple[int | None, int | None], Material] = {}
         self._extra = max((entry["reserved_gib"] - entry["predicted_reserved_gib"] for entry in measured), default=0)
         took = [
             entry["step_seconds"] / entry["predicted_step_seconds"] for entry in measured if entry["predicted_step_seconds"]
@@ -88,11 +89,11 @@ class Workshop:
         return Forecaster(material, self.card, extra_gib=max(self._extra, 0), slower=self._slower)
 
     def material(self, recipe: Recipe) -> Material:
-        """Rows, counted once for each number of pixels."""
-        pixels = recipe.images.max_pixels
-        if pixels not in self._materials:
-            self._materials[pixels] = read_material(recipe)
-        return self._materials[pixels]
+        """Rows, read once for each number of pixels and each limit of a pack, by which rows are too long."""
+        key = recipe.images.max_pixels, recipe.packing.length
+        if key not in self._materials:
+            self._materials[key] = read_material(recipe)
+        return self._materials[key]
 
 
 def _plan(workshop: Workshop, search: Search, chosen: Tried, compared: list[Tried], advice: str) -> Plan:
@@ -115,7 +116,7 @@ def _plan(workshop: Workshop, search: Search, chosen: Tried, compared: list[Trie
         run_price=card.run_price,
         confidence=forecast.confidence,
         breakdown=memory.breakdown,
-        advice=advice if card.verdict != "fits" else "",
+        advice=advice,
         rows=material.total,
         steps=workshop.forecaster(recipe).steps if material.total is not None else None,
         forecast=forecast,
@@ -130,7 +131,8 @@ def answer(asked: Mapping[str, Any]) -> Plan:
     """What a request asks for, as `plan` writes it."""
     recipe = load_recipe(asked["recipe"], **asked["overrides"])
     card = find_card(asked["gpu"] or recipe.plan.gpu or asked["here"] or NOBODYS_CARD)
-    measured = [entry for entry in asked["measured"] if entry["card"] == card.name and entry["model"] == recipe.model.name]
+    names = (recipe.model.name, str(Path(recipe.model.name).expanduser().absolute()))  # runs know a directory by its whole path
+    measured = [entry for entry in asked["measured"] if entry["card"] == card.name and entry["model"] in names]
     options = {name: asked[name] for name in ("fit", "advise", "below_gib")}
     return plan_recipe(recipe, card, **options, measured=measured)
 

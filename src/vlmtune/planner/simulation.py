@@ -1,6 +1,6 @@
 """A training step without weights, data or a GPU: the very model, trainer and loss, and what they allocate and compute.
 
-It replaces a few functions of torch and TRL while it runs, so a plan has a process of its own (`planning`).
+It replaces a few functions of torch and TRL while it runs, so a plan has a process of its own (`process`).
 """
 
 from __future__ import annotations
@@ -48,6 +48,9 @@ NOT_SIMULATED = {  # what needs a GPU, rows or a disk
     "eval_strategy": "no",
     "save_strategy": "no",
     "load_best_model_at_end": False,
+    "lr_scheduler_type": "constant",  # another may want evaluations
+    "push_to_hub": False,  # the trainer would make a repository at once
+    "hub_model_id": None,
     "output_dir": tempfile.gettempdir(),  # the trainer would make another
 }
 
@@ -135,7 +138,14 @@ PHASES = {"forward": "forward", "loss": "forward", "again": "backward", "backwar
 
 
 def outline(recipe: Recipe, family: Family, config: Any) -> PeftModel:
-    """The model that `load_model` makes, without weights."""
+    """The model that `load_model` makes, without weights.
+
+    Raises:
+        ModelError: DoRA on quantised layers, whose weights peft unpacks to make the adapter.
+
+    """
+    if recipe.lora.use_dora and recipe.model.quantization != "none":
+        raise ModelError("lora.use_dora on quantised layers cannot be simulated, so its memory is unknown: plan without it")
     with Outline():
         return add_adapter(outline_base(recipe.model, family, config), family, recipe.lora)
 

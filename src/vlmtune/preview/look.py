@@ -14,6 +14,7 @@ from vlmtune.batching import collator_of, counted_rows, micro_batches, usable_ro
 from vlmtune.collator import MultimodalCollator, pictures
 from vlmtune.data import Rows, spread
 from vlmtune.families import token_ids
+from vlmtune.images import original
 from vlmtune.model import load_config, load_processor
 from vlmtune.packing import BatchPlan
 from vlmtune.preview.pieces import Piece, Reader
@@ -49,7 +50,7 @@ def _row(collator: MultimodalCollator, sample: Mapping[str, Any]) -> ShownRow:
     batch, sources = collator([sample]), pictures(sample)
     seen = seen_pictures(batch, collator.processor) or [Seen(collator.album.open(source)) for source in sources]
     if len(seen) == len(sources):  # a processor may make several of one
-        seen = [replace(one, given=collator.album.size(source)) for one, source in zip(seen, sources, strict=True)]
+        seen = [replace(one, given=collator.album.size(original(source))) for one, source in zip(seen, sources, strict=True)]
     (pieces,) = _pieces(collator, [batch["input_ids"][0]], [batch["labels"][0]], seen)
     return ShownRow(sample["name"], pieces, tuple(seen))
 
