@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from vlmtune import finetune, load_recipe
+from vlmtune.callbacks import ProgressBar
 from vlmtune.errors import ModelError
 from vlmtune.plan.forecast import Plan
 from vlmtune.plan.measurements import NEEDED, card_here, keep, measured
@@ -58,6 +59,7 @@ def test_a_run_on_a_gpu_shows_and_keeps_predicted_beside_measured(
     gauge = Gauge(plan, settings["model"]["name"])
     run = finetune(settings)
     run.trainer.add_callback(gauge)
+    run.trainer.remove_callback(ProgressBar)  # which `finetune` stops
     capsys.readouterr()
     run.trainer.train()
     said = " ".join(capsys.readouterr().out.split())
@@ -106,6 +108,7 @@ def test_a_run_ends_well_where_its_measurements_cannot_be_kept(
     gauge = Gauge(plan_of(recipe()), "model")
     run = finetune(recipe())
     run.trainer.add_callback(gauge)
+    run.trainer.remove_callback(ProgressBar)  # which `finetune` stops
     run.trainer.train()
     assert "not kept for later plans" in " ".join(capsys.readouterr().out.split())
 
