@@ -96,13 +96,13 @@ def _answered(asked: Mapping[str, Any], *, quiet: bool) -> dict[str, Any]:
 def command(
     recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/qwen2vl_amazon.yaml.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Other values.")] = None,
-    gpu: Annotated[str | None, typer.Option("--gpu", help="A card, such as L4, or a size, such as 24GB.")] = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", help="A card, such as L4, or a size; else the one here, or 24GB.")] = None,
     fit: Annotated[bool, typer.Option("--fit", help="Choose the fastest setting that fits.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one object.")] = False,
     png: Annotated[Path | None, typer.Option("--png", help="Draw it there.")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write a page there.")] = None,
 ) -> None:
-    """Tell whether a recipe fits a card, how long it takes and what it costs. Ends with 0 when it fits and with 1 when not."""
+    """Tell whether a recipe fits a card, how long it takes and what it costs. Ends with 0 if it fits, with 1 if not."""
     plan = make_plan(recipe, gpu=gpu, fit=fit, quiet=as_json, **parse_overrides(overrides or []))
     if as_json:
         sys.stdout.write(plan.model_dump_json(indent=1) + "\n")

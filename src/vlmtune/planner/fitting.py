@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
-from vlmtune.console import progress
+from vlmtune.console import bar, progress
 from vlmtune.plan import cards
 from vlmtune.plan.cards import Card, find_card, smallest_card
 from vlmtune.plan.forecast import Forecast
@@ -81,13 +80,17 @@ class Search:
         """From the recipe's own setting on, more recomputed and fewer rows at once, to the first that fits."""
         tried: list[Tried] = []
         now = plain_config(self.recipe).per_device_train_batch_size
-        for given_up in range(len(self._to_give_up())):
-            by_size = [list(settings) for settings in zip(*self.candidates(given_up), strict=True)]
-            for overrides in chain.from_iterable(reversed(by_size)):
-                if overrides[ROWS_AT_ONCE] <= now:
-                    tried.append(Tried(overrides, self._forecast(overrides), given_up))
-                    if self._fits(tried[-1].forecast):
-                        return tried
+        settings = [
+            (given_up, overrides)
+            for given_up in range(len(self._to_give_up()))
+            for by_size in reversed(list(zip(*self.candidates(given_up), strict=True)))
+            for overrides in by_size
+            if overrides[ROWS_AT_ONCE] <= now
+        ]
+        for given_up, overrides in bar(settings, "Looking for what would fit"):
+            tried.append(Tried(overrides, self._forecast(overrides), given_up))
+            if self._fits(tried[-1].forecast):
+                break
         return tried
 
     def candidates(self, given_up: int) -> list[list[dict[str, Any]]]:
