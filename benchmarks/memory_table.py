@@ -23,12 +23,13 @@ from typing import Annotated
 import torch
 import typer
 from pages import markdown, put
-from stacks import TRL, TUTORIAL, Stack, padded, pictured, simulated
+from stacks import TRL, TUTORIAL, Stack, padded, pictured, pictured_recipe, simulated
 
 from vlmtune.plan import cards
 from vlmtune.plan.cards import Card, find_card
 from vlmtune.plan.forecast import Work
-from vlmtune.planner.forecasting import ALLOWANCE_GIB, CONTEXT_GIB, GIB, Forecaster
+from vlmtune.planner.forecasting import Forecaster, needed_gib, work_of
+from vlmtune.planner.material import read_material
 
 TEXT_TOKENS = 378  # of a row, as in flops.py
 ROWS_PER_STEP = 32
@@ -80,8 +81,9 @@ def ours(name: str, side: int, rows: int, checkpointing: int) -> Line:
         "gradient_checkpointing": checkpointing or False,
     }
     values = {f"train.{key}": value for key, value in train.items()}
-    material = pictured(name, size=(side, side), text_tokens=TEXT_TOKENS, **values)
-    found = Forecaster(material, CARDS[0]).forecast()
+    recipe = pictured_recipe(name, size=(side, side), text_tokens=TEXT_TOKENS, **values)
+    material = read_material(recipe)
+    found = Forecaster(recipe, material, CARDS[0]).forecast()
     assert found.setting.packed, found.notes
     assert found.setting.cached, found.notes
     return Line(side, material.lengths[0], "vlmtune", checkpointing, rows, found.memory.needed_gib, found.work)
@@ -95,16 +97,8 @@ def theirs(stack: Stack, name: str, side: int, rows: int) -> Line:
     if stack.norms_in_32_bit:  # in its first forward, bitsandbytes casts the biases of 4-bit layers for good
         simulation.step(padded(material, 1), accumulates=True)
     step = simulation.step(batch, accumulates=True)
-    share = ROWS_PER_STEP / rows
-    work = Work(
-        matmul_flops=share * step.flops.get("matmul", 0),
-        attention_flops=share * step.flops.get("attention", 0),
-        elementwise_bytes=share * step.bytes.get("elementwise", 0),
-        dequantized_bytes=share * step.bytes.get("dequantized", 0),
-        kernels=round(share * step.kernels),
-    )
-    needed = step.reserved / GIB + CONTEXT_GIB + ALLOWANCE_GIB
-    return Line(side, material.lengths[0], stack.name, 1, rows, needed, work)
+    work = work_of(step, times=ROWS_PER_STEP / rows)
+    return Line(side, material.lengths[0], stack.name, 1, rows, needed_gib(step), work)
 
 
 def table(name: str, sides: Sequence[int]) -> Iterator[Line]:

@@ -26,7 +26,7 @@ from vlmtune.planner.kernels import CUDA, Kernels
 from vlmtune.planner.ledger import Outline
 from vlmtune.planner.material import Material, read_material
 from vlmtune.planner.simulation import NO_ROWS, NOT_SIMULATED, Simulation, StaysThere
-from vlmtune.recipe import LoraSection, ModelSection, load_recipe
+from vlmtune.recipe import LoraSection, ModelSection, Recipe, load_recipe
 
 QV = LoraSection(r=8, alpha=16, dropout=0.05, targets=["q_proj", "v_proj"])
 
@@ -148,10 +148,15 @@ def as_then(stack: Stack) -> Generator[None]:
         yield
 
 
-def pictured(name: str, *, size: tuple[int, int], text_tokens: int, **values: Any) -> Material:
-    """Rows of a published checkpoint, each of a picture and so many tokens of text; `values` of the recipe by dotted key."""
+def pictured_recipe(name: str, *, size: tuple[int, int], text_tokens: int, **values: Any) -> Recipe:
+    """Of a published checkpoint and rows of a picture and so many tokens of text; `values` by dotted key."""
     data = {"source": "-", "image_size": list(size), "text_tokens": text_tokens}
-    return read_material(load_recipe({"model": {"name": name}, "data": data}, **values))
+    return load_recipe({"model": {"name": name}, "data": data}, **values)
+
+
+def pictured(name: str, **values: Any) -> Material:
+    """Rows of such a recipe."""
+    return read_material(pictured_recipe(name, **values))
 
 
 def padded(material: Material, rows: int) -> dict[str, Any]:

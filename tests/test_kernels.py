@@ -201,24 +201,24 @@ def test_scratch_of_a_product_with_packed_weights() -> None:
     weights, statistics = meta(64 * 32 // 2, 1), meta(32, dtype=FULL)
     rows = meta(10, 64)
     plain = (rows, weights, [32, 64], statistics, 64, "nf4")
-    assert scratch_on(CUDA)("bitsandbytes::gemm_4bit", plain, {}, None) == 32 * 64 * 2
+    assert scratch_on(CUDA)("bitsandbytes::gemm_4bit", plain) == 32 * 64 * 2
     nested = (*plain, None, meta(32, dtype=FULL), statistics, statistics)
-    assert scratch_on(CUDA)("bitsandbytes::gemm_4bit", nested, {}, None) == 32 * 64 * 2 + 32 * 4
-    assert scratch_on(CPU)("bitsandbytes::gemm_4bit", nested, {}, None) >= 32 * 64 * 2 + 32 * 4
-    assert scratch_on(CUDA)("aten::mm", (rows, rows.T), {}, None) == 0
+    assert scratch_on(CUDA)("bitsandbytes::gemm_4bit", nested) == 32 * 64 * 2 + 32 * 4
+    assert scratch_on(CPU)("bitsandbytes::gemm_4bit", nested) >= 32 * 64 * 2 + 32 * 4
+    assert scratch_on(CUDA)("aten::mm", (rows, rows.T)) == 0
 
 
 def test_scratch_of_flash_attention_backward_is_sums_in_32_bit() -> None:
     query, shared = meta(2, 4, 100, 64), meta(2, 2, 100, 64)
     name, sums = "aten::_scaled_dot_product_flash_attention_backward", 2 * 4 * 128 * (64 + 1) * 4
-    assert scratch_on(CUDA)(name, (query, query, query), {}, None) == sums
-    assert scratch_on(CUDA)(name, (query, query, shared), {}, None) == sums + 2 * 2 * 4 * 100 * 64 * 2
+    assert scratch_on(CUDA)(name, (query, query, query)) == sums
+    assert scratch_on(CUDA)(name, (query, query, shared)) == sums + 2 * 2 * 4 * 100 * 64 * 2
 
 
 def test_what_a_function_allocates_beside_its_result_is_measured() -> None:
     assert _beside_result(lambda tensor: tensor.exp().neg(), _described((torch.zeros(256),))) == 1024
     assert _beside_result(lambda tensor: tensor.exp(), _described((torch.zeros(256),))) == 0
-    assert scratch_on(CPU)("aten::mm", (torch.zeros(8, 8), torch.zeros(8, 8)), {}, None) == 0  # MKL's
+    assert scratch_on(CPU)("aten::mm", (torch.zeros(8, 8), torch.zeros(8, 8))) == 0  # MKL's
 
 
 def head_of(device: Device) -> tuple[list[int], Ledger]:

@@ -19,6 +19,7 @@ from vlmtune.plan.cards import CARDS, Card, find_card
 from vlmtune.plan.forecast import FILLING, Plan
 from vlmtune.planner.fitting import CHECKPOINTING, Search, Tried
 from vlmtune.planner.process import Workshop, answer, plan_recipe
+from vlmtune.trainer import checkpoint_every
 
 MakeRecipe = Callable[..., dict[str, Any]]
 REFERENCES = ("qwen2vl_amazon", "llama32_vision_amazon", "pixtral_amazon")
@@ -130,6 +131,13 @@ def test_a_mistake_is_one_sentence(recipe: MakeRecipe, overrides: dict[str, Any]
     assert wanted.lower() in " ".join(str(raised.value).split()).lower()
 
 
+def test_a_picture_that_cannot_be_written_is_told_before_the_plan(written: Path, tmp_path: Path) -> None:
+    done = command(written, "--png", tmp_path / "nowhere" / "plan.png")
+    assert done.returncode == 2
+    assert "there is no directory" in " ".join(done.stderr.split())
+    assert done.stdout == ""
+
+
 def test_a_mistake_ends_the_command_with_code_2(written: Path) -> None:
     done = command(written, "--gpu", "L5")
     assert done.returncode == 2
@@ -150,6 +158,17 @@ def test_a_plan_makes_no_repository_and_wants_no_evaluation(recipe: MakeRecipe) 
 def test_rows_that_are_too_long_are_named_as_in_training(recipe: MakeRecipe) -> None:
     with pytest.raises(DatasetError, match="row 1 of train"):
         plan_here(recipe(**{"train.max_length": 10}))
+
+
+def test_a_card_without_bfloat16_is_planned_with_less_confidence(recipe: MakeRecipe) -> None:
+    plan = plan_here(recipe(**{"train.bf16": True}), gpu="T4")
+    assert plan.confidence == "medium"
+    assert any("T4 refuses train.bf16" in note for note in plan.forecast.notes)
+
+
+def test_steps_of_a_run_that_ends_in_mid_epoch_are_counted_as_the_trainer_does(recipe: MakeRecipe) -> None:
+    values = {"train.per_device_train_batch_size": 1, "train.max_steps": -1}
+    assert plan_here(recipe(**values, **{"train.num_train_epochs": 0.3})).steps == 3  # of 8: 2.4
 
 
 def test_an_unknown_operator_lowers_the_confidence(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,6 +247,23 @@ def test_the_chosen_setting_is_the_best_of_all(recipe: MakeRecipe, kind: str, sh
 @pytest.mark.parametrize("name", REFERENCES)
 def test_the_chosen_setting_of_a_reference_recipe_is_the_best_of_all(name: str) -> None:
     check_against_all(load_recipe(RECIPES / f"{name}.yaml", **STATED), find_card("L4"), 0.5)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"activation_checkpointing": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"every_n_layers": 4}},
+    ],
+)
+def test_other_names_of_checkpointing_do_not_stand_against_what_is_chosen(recipe: MakeRecipe, other: dict[str, Any]) -> None:
+    settings = recipe()
+    settings["train"] |= other
+    workshop = Workshop(load_recipe(settings), find_card("L4"), ())
+    search = Search(workshop.recipe, workshop.card, workshop.forecast, workshop.material(workshop.recipe))
+    for every, row in zip(CHECKPOINTING, search.candidates(0), strict=True):
+        chosen = load_recipe(workshop.recipe, **search.changes(row[0]))
+        assert checkpoint_every(chosen, on_gpu=True) == every
 
 
 def test_rows_of_a_step_stay_the_same(recipe: MakeRecipe) -> None:

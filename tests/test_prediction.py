@@ -16,8 +16,8 @@ from vlmtune.errors import ModelError
 from vlmtune.plan.forecast import Plan
 from vlmtune.plan.measurements import NEEDED, card_here, keep, measured
 from vlmtune.planner.process import answer
-from vlmtune.prediction import Gauge, in_words, missing, planned
-from vlmtune.trainer import Trainer
+from vlmtune.prediction import Gauge, chosen_before, in_words, missing, planned
+from vlmtune.trainer import Trainer, checkpoint_every
 
 MakeRecipe = Callable[..., dict[str, Any]]
 GIB = 2**30
@@ -90,6 +90,15 @@ def test_later_plans_use_what_was_measured_on_such_a_card(recipe: MakeRecipe) ->
     assert after.needed_gib == pytest.approx(before.needed_gib + 0.5)
     assert after.step_seconds == pytest.approx(before.step_seconds * 3)
     assert after.measured == [entry]
+
+
+def test_a_resumed_run_has_what_was_chosen_and_nothing_that_stands_against_it(recipe: MakeRecipe, tmp_path: Path) -> None:
+    given = load_recipe(recipe(**{"train.activation_checkpointing": True, "packing": {"length": 900}}))
+    chosen = {"train.gradient_checkpointing": 2, "train.activation_checkpointing": None, "vision_cache": "off"}
+    (tmp_path / "recipe.yaml").write_text(load_recipe(given, **chosen, **{"packing.length": None}).to_yaml())
+    resumed = chosen_before(given, tmp_path)
+    assert checkpoint_every(resumed, on_gpu=True) == 2
+    assert (resumed.vision_cache.mode, resumed.packing.length) == ("off", None)
 
 
 def test_a_line_that_was_not_finished_is_left_out(cache: Path) -> None:

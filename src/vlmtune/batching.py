@@ -183,9 +183,12 @@ def rows_per_step(config: SFTConfig) -> int:
 
 def passes(config: SFTConfig, rows: int) -> float:
     """How often a run goes through its rows."""
-    if config.max_steps <= 0:
-        return config.num_train_epochs
-    return config.max_steps / (len(step_bounds(rows, rows_per_step(config), config.world_size)) - 1)
+    return config.num_train_epochs if config.max_steps <= 0 else config.max_steps / steps_per_epoch(config, rows)
+
+
+def steps_per_epoch(config: SFTConfig, rows: int) -> int:
+    """Optimiser steps in which a run goes through its rows once."""
+    return len(step_bounds(rows, rows_per_step(config), config.world_size)) - 1
 
 
 def _count(rows: Rows, collator: MultimodalCollator, tokens: dict[str, int]) -> dict[int, str]:

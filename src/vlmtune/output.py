@@ -18,6 +18,11 @@ MARK = ".vlmtune"  # lies in every directory that vlmtune made: no other is ever
 LAST = "adapter_config.json"  # a directory without it is no adapter, so that it moves in last
 
 
+def cache_directory() -> Path:
+    """Where what can be made again is kept for later runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlmtune"
+
+
 def claim(directory: Path, *, overwrite: bool = False) -> None:
     """Makes sure that a directory may be written: nothing of value lies there, or it may be deleted.
 

@@ -23,7 +23,15 @@ from vlmtune.plan.words import as_arguments
 from vlmtune.recipe import Recipe, load_recipe
 
 GIB = 2**30
-CHOSEN = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
+CHOSEN = (  # fields of `train`: what `auto` sets, and what else would decide the same
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "gradient_checkpointing_kwargs",
+    "activation_checkpointing",
+    "activation_checkpointing_kwargs",
+)
+SECTIONS = ("images", "packing", "vision_cache")
 ROOM = 0.95  # of what has just failed: what the next setting may need
 GENERAL = (
     "lower packing.length or train.per_device_train_batch_size (and raise gradient_accumulation_steps), lower "
@@ -67,8 +75,9 @@ def _of_rows(recipe: Recipe) -> Recipe:
 def chosen_before(recipe: Recipe, directory: Path) -> Recipe:
     """The recipe with what `auto` chose for the run in that directory, which is to be resumed."""
     before = load_recipe(directory / "recipe.yaml")
-    values = {f"train.{name}": before.train[name] for name in CHOSEN if name in before.train}
-    return load_recipe(recipe, **values, images=before.images.model_dump(), packing=before.packing.model_dump())
+    known = {*before.train, *recipe.train}
+    values = {f"train.{name}": before.train.get(name) for name in CHOSEN if name in known}
+    return load_recipe(recipe, **values, **before.model_dump(include=set(SECTIONS)))
 
 
 def in_words(plan: Plan | None) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from vlmtune.data import Rows, spread
 from vlmtune.errors import RecipeError
 from vlmtune.features import FeatureStore, tower_key
 from vlmtune.model import evaluating, on_device
-from vlmtune.output import existing
+from vlmtune.output import cache_directory, existing
 from vlmtune.proof import features_fault
 from vlmtune.recipe import LoraSection, VisionCacheSection
 
@@ -164,8 +163,7 @@ def _source(place: Place) -> Any:
 
 def _directory(section: VisionCacheSection, model: PeftModel, collator: MultimodalCollator) -> Path:
     """A directory for this tower with these settings: features of others are never found in it."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    root = Path(section.directory).expanduser() if section.directory else cache / "vlmtune" / "features"
+    root = Path(section.directory).expanduser() if section.directory else cache_directory() / "features"
     base: Any = model.get_base_model()
     config = {key: value for key, value in base.config.to_dict().items() if key not in NOT_SEEN}
     pixels = collator.processor.image_processor.to_dict()

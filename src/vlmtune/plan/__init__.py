@@ -18,7 +18,7 @@ import typer
 
 from vlmtune import errors
 from vlmtune.console import console
-from vlmtune.errors import ModelError
+from vlmtune.errors import ModelError, OutputError
 from vlmtune.plan.cards import find_card
 from vlmtune.plan.forecast import Plan
 from vlmtune.plan.measurements import card_here, measured
@@ -103,6 +103,9 @@ def command(
     html: Annotated[Path | None, typer.Option("--html", help="Write a page there.")] = None,
 ) -> None:
     """Tell whether a recipe fits a card, how long it takes and what it costs. Ends with 0 if it fits, with 1 if not."""
+    for path in (png, html):
+        if path is not None and not path.parent.is_dir():
+            raise OutputError(f"{path} cannot be written: there is no directory {path.parent}")
     plan = make_plan(recipe, gpu=gpu, fit=fit, quiet=as_json, **parse_overrides(overrides or []))
     if as_json:
         sys.stdout.write(plan.model_dump_json(indent=1) + "\n")

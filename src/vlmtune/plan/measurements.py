@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vlmtune.errors import RecipeError
+from vlmtune.output import cache_directory
 from vlmtune.plan.cards import find_card
 
 NEEDED = {"card", "model", "reserved_gib", "predicted_reserved_gib", "step_seconds", "predicted_step_seconds"}
@@ -56,5 +56,4 @@ def keep(entry: Mapping[str, Any]) -> None:
 
 
 def _file() -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "vlmtune" / "measured.jsonl"
+    return cache_directory() / "measured.jsonl"

@@ -126,11 +126,12 @@ class Search:
     def changes(self, overrides: Overrides) -> dict[str, Any]:
         """Those that change something."""
         config, every = plain_config(self.recipe), checkpoint_every(self.recipe, on_gpu=True)
-        now = {
+        now: dict[str, Any] = {
             ROWS_AT_ONCE: config.per_device_train_batch_size,
             "train.gradient_accumulation_steps": config.gradient_accumulation_steps,
-            "train.gradient_checkpointing": every or False,
         }
+        if not any(f"train.{name}" in overrides for name in NAMES):  # else what it says now goes with them
+            now["train.gradient_checkpointing"] = every or False
         return {key: value for key, value in overrides.items() if key not in now or now[key] != value}
 
     def advice(self, tried: list[Tried]) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
-from vlmtune.batching import Row, micro_batches, passes, rows_per_step
+from vlmtune.batching import Row, micro_batches, passes, steps_per_epoch
 from vlmtune.errors import ModelError
 from vlmtune.model import positions_model
 from vlmtune.plan import cards
@@ -35,6 +34,7 @@ class Forecaster:
     """Simulates the steps of one recipe.
 
     Args:
+        recipe: which setting.
         material: what it trains on.
         card: whose kernels run and whose memory counts.
         extra_gib: what real runs on such a card needed beyond what was predicted.
@@ -42,9 +42,9 @@ class Forecaster:
 
     """
 
-    def __init__(self, material: Material, card: Card, *, extra_gib: float = 0, slower: float = 1) -> None:
+    def __init__(self, recipe: Recipe, material: Material, card: Card, *, extra_gib: float = 0, slower: float = 1) -> None:
         self.material, self.card = material, card
-        self._recipe, self._family = material.recipe, material.family
+        self._recipe, self._family = recipe, material.family
         self._extra, self._slower = extra_gib, slower
         self._config = plain_config(self._recipe)
         self._every = checkpoint_every(self._recipe, on_gpu=True)
@@ -62,7 +62,8 @@ class Forecaster:
             count = self._family.pictures_at_once
             batches.append(Batch(name=FILLING, rows=0, tokens=0, pictures=count, example="the largest picture, over again"))
         worst = max(outcomes.values(), key=lambda outcome: outcome.reserved)
-        memory, work = self._memory(worst), self._work(outcomes["typical"], self._tokens(chosen["typical"]))
+        memory = self._memory(worst)
+        work = work_of(outcomes["typical"], times=self._tokens_per_step / self._tokens(chosen["typical"]))
         return Forecast(
             setting=self._setting(),
             memory=memory,
@@ -73,17 +74,6 @@ class Forecaster:
             confidence=self._confidence(worst),
             notes=self._notes(worst),
         )
-
-    @property
-    def steps(self) -> int:
-        """Optimiser steps of the whole run."""
-        if self._config.max_steps > 0:
-            return self._config.max_steps
-        return math.ceil(self._config.num_train_epochs * self._steps_per_epoch)
-
-    @property
-    def _steps_per_epoch(self) -> int:
-        return -(-len(self.material.lengths) // rows_per_step(self._config))
 
     # -------------------------------------------------------------------------------------------------- micro-batches
 
@@ -117,7 +107,11 @@ class Forecaster:
             with Outline():
                 batch["image_features"] = self._family.join_features(batch, features)
             batch = {name: values for name, values in batch.items() if not name.startswith("pixel_")}
-        return self._family.flatten(batch, positions_model(self._simulation.model)) if self._packed else batch
+        return self._family.flatten(batch, self._positions) if self._packed else batch
+
+    @cached_property
+    def _positions(self) -> Any:
+        return positions_model(self._simulation.model)
 
     def _filling(self) -> Outcome:
         """The tower with as many of the largest pictures as go through it at once."""
@@ -187,7 +181,7 @@ class Forecaster:
     # ---------------------------------------------------------------------------------------------- memory and speed
 
     def _needed(self, outcome: Outcome) -> float:
-        return outcome.reserved / GIB + CONTEXT_GIB + ALLOWANCE_GIB + self._extra
+        return needed_gib(outcome) + self._extra
 
     def _memory(self, outcome: Outcome) -> Memory:
         live, last = outcome.at_peak()
@@ -208,31 +202,22 @@ class Forecaster:
             timeline=[(phase, size / GIB) for phase, size in outcome.timeline()],
         )
 
-    def _work(self, outcome: Outcome, tokens: int) -> Work:
-        """Of a whole step, from a micro-batch of so many tokens."""
-        share = self._tokens_per_step / tokens
-        return Work(
-            matmul_flops=share * outcome.flops.get("matmul", 0),
-            attention_flops=share * outcome.flops.get("attention", 0),
-            elementwise_bytes=share * outcome.bytes.get("elementwise", 0),
-            dequantized_bytes=share * outcome.bytes.get("dequantized", 0),
-            kernels=round(share * outcome.kernels),
-        )
-
     @cached_property
     def _tokens_per_step(self) -> float:
         steps = self._plan.steps(0)
         return sum(self._tokens(slot[0]) for step in steps for slot in step) / len(steps)
 
     def _speed(self, card: Card, needed: float, work: Work) -> Speed:
+        rows = len(self.material.lengths)
+        steps = steps_per_epoch(self._config, rows)
         found = cards.speed(
             card,
             needed_gib=needed,
             work=work,
-            rows_per_step=len(self.material.lengths) / self._steps_per_epoch,
+            rows_per_step=rows / steps,
             tokens_per_step=self._tokens_per_step,
-            steps_per_epoch=self._steps_per_epoch,
-            epochs=passes(self._config, len(self.material.lengths)),
+            steps_per_epoch=steps,
+            epochs=passes(self._config, rows),
             slower=self._slower if card == self.card else 1,
         )
         if self.material.total is None:  # how many rows there are is not known
@@ -257,6 +242,8 @@ class Forecaster:
         attention = self._recipe.model.attention
         known = {
             f"{self.card.name} computes in float16 with adapters in 32 bit, which is counted as bfloat16": not self.card.bf16,
+            f"{self.card.name} refuses train.bf16 and train.tf32: leave them out": not self.card.bf16
+            and any(map(self._recipe.train.get, ("bf16", "tf32"))),
             f"{attention} is counted as torch's own attention": attention not in (None, "sdpa", "eager"),
             **{f"train.{name} is left out of account": self._recipe.train.get(name) for name in NOT_COUNTED},
         }
@@ -278,6 +265,22 @@ class Forecaster:
             "the tokenizer is not at hand: the text's tokens are as stated": self.material.stated,
         }
         return [*self._doubts(outcome), *(note for note, holds in notes.items() if holds)]
+
+
+def needed_gib(outcome: Outcome) -> float:
+    """What a card has to show: all that is reserved, CUDA's context and the allowance."""
+    return outcome.reserved / GIB + CONTEXT_GIB + ALLOWANCE_GIB
+
+
+def work_of(outcome: Outcome, *, times: float) -> Work:
+    """What so many micro-batches like this one compute."""
+    return Work(
+        matmul_flops=times * outcome.flops.get("matmul", 0),
+        attention_flops=times * outcome.flops.get("attention", 0),
+        elementwise_bytes=times * outcome.bytes.get("elementwise", 0),
+        dequantized_bytes=times * outcome.bytes.get("dequantized", 0),
+        kernels=round(times * outcome.kernels),
+    )
 
 
 def _strange(outcome: Outcome) -> list[str]:

@@ -221,18 +221,18 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
 # ------------------------------------------------------------------------------------------------------------ scratch
 
 
-def scratch_on(device: Device) -> Callable[[str, Any, dict[str, Any], Any], int]:
-    """The function that tells how many bytes a kernel takes for itself while it runs: operator, arguments, result → bytes."""
+def scratch_on(device: Device) -> Callable[[str, Any], int]:
+    """The function that tells how many bytes a kernel takes for itself while it runs, by its operator and arguments."""
     table = ON_CUDA if device.is_cuda else ON_CPU
 
-    def scratch(name: str, args: Any, kwargs: dict[str, Any], out: Any) -> int:
+    def scratch(name: str, args: Any) -> int:
         found = table.get(name)
-        return found(args, kwargs) if found else 0
+        return found(args) if found else 0
 
     return scratch
 
 
-def _dequantized(args: Any, kwargs: dict[str, Any]) -> int:
+def _dequantized(args: Any) -> int:
     """Bitsandbytes multiplies more than a few rows by the weight in 16 bit, and unpacks its statistics for that.
 
     https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bitsandbytes/backends/default/ops.py
@@ -242,22 +242,24 @@ def _dequantized(args: Any, kwargs: dict[str, Any]) -> int:
     return weights * args[0].element_size() + (blocks * 4 if nested else 0)
 
 
-def _flash_backward(args: Any, kwargs: dict[str, Any]) -> int:
+def _flash_backward(args: Any) -> int:
     """Sums in 32 bit, and gradients of each query head's keys where heads share them.
 
     https://github.com/pytorch/pytorch/blob/main/aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp
     """
     _, query, key = args[:3]
-    *batch, heads, length, width = query.shape if query.dim() == 4 else query.transpose(0, 1).shape
-    key_heads, key_length = (key.shape[1], key.shape[2]) if key.dim() == 4 else (key.shape[1], key.shape[0])
-    rows = math.prod(batch)
+    rows, heads, length, width = query.shape
+    key_heads, key_length = key.shape[1:3]
     length, wide = -(-length // 128) * 128, -(-width // 32) * 32
     sums = rows * heads * length * (wide + 1) * 4
     return sums + (2 * rows * heads * key_length * width * query.element_size() if key_heads != heads else 0)
 
 
-def _efficient_backward(args: Any, kwargs: dict[str, Any]) -> int:
-    """https://github.com/pytorch/pytorch/blob/main/aten/src/ATen/native/transformers/cuda/attention_backward.cu"""
+def _efficient_backward(args: Any) -> int:
+    """Sums in 32 bit.
+
+    https://github.com/pytorch/pytorch/blob/main/aten/src/ATen/native/transformers/cuda/attention_backward.cu
+    """
     query = args[1]
     *batch, length, width = query.shape
     rows = math.prod(batch)
@@ -265,18 +267,19 @@ def _efficient_backward(args: Any, kwargs: dict[str, Any]) -> int:
     return rows * (-(-length // 32) * 32 * 4 + sums)
 
 
-def _varlen_backward(args: Any, kwargs: dict[str, Any]) -> int:
+def _varlen_backward(args: Any) -> int:
+    """The same, for rows that lie one after the other, `[seq, heads, head_dim]`."""
     query, key = args[1], args[2]
-    return _flash_backward((None, query[None].transpose(1, 2), key[None].transpose(1, 2)), kwargs)
+    return _flash_backward((None, query[None].transpose(1, 2), key[None].transpose(1, 2)))
 
 
-def _asked(function: Callable[..., Any]) -> Callable[[Any, dict[str, Any]], int]:
+def _asked(function: Callable[..., Any]) -> Callable[[Any], int]:
     """Has this processor's kernel say it: oneDNN's scratchpads depend on shapes, cache and instruction set.
 
     Products of 32-bit matrices are MKL's, whose memory is not torch's.
     """
 
-    def scratch(args: Any, kwargs: dict[str, Any]) -> int:
+    def scratch(args: Any) -> int:
         exact = args[0].dtype == torch.float32 and function is not aten.convolution.default
         return 0 if exact else _beside_result(function, _described(args))
 
@@ -317,12 +320,12 @@ def _undescribed(value: Any) -> Any:
     return [_undescribed(each) for each in value] if isinstance(value, tuple) else value
 
 
-def _dequantized_on_cpu(args: Any, kwargs: dict[str, Any]) -> int:
+def _dequantized_on_cpu(args: Any) -> int:
     rows = args[0].new_empty(args[0].shape)
-    return _dequantized(args, kwargs) + _asked(aten.linear.default)((rows, rows.new_empty(tuple(args[2]))), {})
+    return _dequantized(args) + _asked(aten.linear.default)((rows, rows.new_empty(tuple(args[2]))))
 
 
-ON_CPU: dict[str, Callable[[Any, dict[str, Any]], int]] = {
+ON_CPU: dict[str, Callable[[Any], int]] = {
     "bitsandbytes::gemm_4bit": _dequantized_on_cpu,
     "aten::mm": _asked(aten.mm.default),
     "aten::addmm": _asked(aten.addmm.default),
@@ -330,7 +333,7 @@ ON_CPU: dict[str, Callable[[Any, dict[str, Any]], int]] = {
     "aten::baddbmm": _asked(aten.baddbmm.default),
     "aten::convolution": _asked(aten.convolution.default),
 }
-ON_CUDA: dict[str, Callable[[Any, dict[str, Any]], int]] = {
+ON_CUDA: dict[str, Callable[[Any], int]] = {
     "bitsandbytes::gemm_4bit": _dequantized,
     "aten::_scaled_dot_product_flash_attention_backward": _flash_backward,
     "aten::_scaled_dot_product_efficient_attention_backward": _efficient_backward,

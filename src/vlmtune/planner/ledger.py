@@ -146,7 +146,7 @@ class Ledger(Outline):
     """Follows every allocation, and counts what is computed.
 
     Args:
-        scratch: bytes that an operator's kernel takes for itself while it runs, by its name, arguments and result.
+        scratch: bytes that an operator's kernel takes for itself while it runs, by its name and arguments.
 
     Attributes:
         optimises: whether what comes now is the optimiser's.
@@ -156,7 +156,7 @@ class Ledger(Outline):
 
     """
 
-    def __init__(self, scratch: Callable[[str, Any, dict[str, Any], Any], int]) -> None:
+    def __init__(self, scratch: Callable[[str, Any], int]) -> None:
         super().__init__()
         self.optimises = False
         self.flops: Counter[str] = Counter()
@@ -179,7 +179,7 @@ class Ledger(Outline):
             self._know(out)
             return out
         outputs = [out] if isinstance(out, Tensor) else [x for x in out if isinstance(x, Tensor)] if _many(out) else []
-        extra = self._scratch(name, args, kwargs, out)
+        extra = self._scratch(name, args)
         number = self.allocate(extra, self._where(name)._replace(what="scratch")) if extra else 0
         for tensor in outputs:
             self.follow(tensor, None, name)

@@ -27,7 +27,6 @@ OR_STATE = "or state data.image_size and data.text_tokens, such as data.image_si
 class Material:
     """What a recipe trains on, and with what it is made into batches."""
 
-    recipe: Recipe
     config: Any
     family: Family
     collator: MultimodalCollator
@@ -41,7 +40,7 @@ class Material:
         """How many each row has."""
         return [len(pictures_of([self.rows[position]])) for position in range(len(self.lengths))]
 
-    @property
+    @cached_property
     def pictures_vary(self) -> bool:
         """Whether some rows have more pictures than others."""
         return not self.stated and len({len(pictures_of([row])) for row in spread(self.rows, SAMPLED)}) > 1
@@ -85,7 +84,7 @@ def read_material(recipe: Recipe) -> Material:
             raise
         raise DatasetError(f"{error}; {OR_STATE}") from error
     split, lengths = counted_rows(recipe, split, collator)
-    return Material(recipe, config, family, collator, split.train, lengths, len(split.train), stated=False)
+    return Material(config, family, collator, split.train, lengths, len(split.train), stated=False)
 
 
 def _processor(recipe: Recipe, family: Family) -> Any:
@@ -110,7 +109,7 @@ def _stated(recipe: Recipe, config: Any, collator: MultimodalCollator, sft: Any)
             f"a row of data.text_tokens and data.image_size has {length} tokens and the limit is {collator.max_length}: lower "
             "them or images.max_pixels, or raise train.max_length"
         )
-    return Material(recipe, config, collator.family, collator, [row] * count, [length] * count, total, stated=True)
+    return Material(config, collator.family, collator, [row] * count, [length] * count, total, stated=True)
 
 
 def _on_disk(source: str) -> bool:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from vlmtune.batching import passes, steps_per_epoch
 from vlmtune.errors import VlmtuneError, one_line
 from vlmtune.plan.cards import Card, find_card
 from vlmtune.plan.forecast import Forecast, Plan
@@ -25,6 +26,7 @@ from vlmtune.planner.fitting import Overrides, Search, Tried
 from vlmtune.planner.forecasting import Forecaster
 from vlmtune.planner.material import Material, read_material
 from vlmtune.recipe import Recipe, load_recipe
+from vlmtune.trainer import plain_config
 
 NOBODYS_CARD = "24GB"  # where no card is named and none is here
 Measured = Sequence[Mapping[str, Any]]
@@ -81,12 +83,10 @@ class Workshop:
         """Of the recipe with these values."""
         key = json.dumps(overrides, sort_keys=True)
         if key not in self._forecasts:
-            self._forecasts[key] = self.forecaster(load_recipe(self.recipe, **overrides)).forecast()
+            recipe = load_recipe(self.recipe, **overrides)
+            taught: dict[str, float] = {"extra_gib": max(self._extra, 0), "slower": self._slower}
+            self._forecasts[key] = Forecaster(recipe, self.material(recipe), self.card, **taught).forecast()
         return self._forecasts[key]
-
-    def forecaster(self, recipe: Recipe) -> Forecaster:
-        material = replace(self.material(recipe), recipe=recipe)
-        return Forecaster(material, self.card, extra_gib=max(self._extra, 0), slower=self._slower)
 
     def material(self, recipe: Recipe) -> Material:
         """Rows, read once for each number of pixels and each limit of a pack, by which rows are too long."""
@@ -118,13 +118,19 @@ def _plan(workshop: Workshop, search: Search, chosen: Tried, compared: list[Trie
         breakdown=memory.breakdown,
         advice=advice,
         rows=material.total,
-        steps=workshop.forecaster(recipe).steps if material.total is not None else None,
+        steps=_steps(recipe, material.total) if material.total is not None else None,
         forecast=forecast,
         overrides=search.changes(chosen.overrides),
         frontier=sorted((one.forecast for one in compared), key=lambda one: one.memory.needed_gib),
         measured=[dict(entry) for entry in workshop.measured],
         versions={name: version(name) for name in ("vlmtune", "torch", "transformers", "trl", "peft", "bitsandbytes")},
     )
+
+
+def _steps(recipe: Recipe, rows: int) -> int:
+    """Of the whole run, of which the last epoch need not be a whole one."""
+    config = plain_config(recipe)
+    return math.ceil(passes(config, rows) * steps_per_epoch(config, rows))
 
 
 def answer(asked: Mapping[str, Any]) -> Plan:
