@@ -69,8 +69,9 @@ def pixtral(conversations: dict[str, list[dict[str, Any]]]) -> dict[str, list[in
     import mistral_common
     import numpy as np
     from mistral_common.protocol.instruct.chunk import ImageChunk, TextChunk
-    from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
+    from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, ToolMessage, UserMessage
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
+    from mistral_common.protocol.instruct.tool_calls import Tool, ToolCall
     from mistral_common.protocol.instruct.validator import ValidationMode
     from mistral_common.tokens.tokenizers import image
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
@@ -79,9 +80,11 @@ def pixtral(conversations: dict[str, list[dict[str, Any]]]) -> dict[str, list[in
     # Resizing the pixels needs opencv (50 MB); the ids depend on the sizes alone.
     image.transform_image = lambda picture, size: np.zeros((3, size[1], size[0]), dtype=np.float32)
     file = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"  # what MistralTokenizer.v3 opens
-    roles = {"system": SystemMessage, "user": UserMessage, "assistant": AssistantMessage}
+    roles = {"system": SystemMessage, "user": UserMessage, "assistant": AssistantMessage, "tool": ToolMessage}
+    asked = MistralTokenizer.from_file(file, mode=ValidationMode.test)
     by_last_role = {
-        "user": MistralTokenizer.from_file(file, mode=ValidationMode.test),
+        "user": asked,
+        "tool": asked,
         "assistant": MistralTokenizer.from_file(file, mode=ValidationMode.finetuning),
     }
 
@@ -92,8 +95,15 @@ def pixtral(conversations: dict[str, list[dict[str, Any]]]) -> dict[str, list[in
             TextChunk(text=p["text"]) if p["type"] == "text" else ImageChunk(image=Image.new("RGB", p["size"])) for p in parts
         ]
 
+    def beside(message: dict[str, Any]) -> dict[str, Any]:
+        calls = [ToolCall.from_openai(call) for call in message.get("tool_calls", [])]
+        more = {"tool_calls": calls} if calls else {}
+        return {**more, "tool_call_id": message["tool_call_id"]} if "tool_call_id" in message else more
+
     def ids(messages: list[dict[str, Any]]) -> list[int]:
-        request = ChatCompletionRequest(messages=[roles[m["role"]](content=content(m["content"])) for m in messages])
+        tools = [Tool.from_openai(tool) for tool in messages[0].get("tools", [])]
+        turns = [roles[m["role"]](content=content(m["content"]), **beside(m)) for m in messages]
+        request = ChatCompletionRequest(messages=turns, tools=tools or None)
         return by_last_role[messages[-1]["role"]].encode_chat_completion(request).tokens
 
     return {name: ids(messages) for name, messages in conversations.items()}

@@ -41,6 +41,7 @@ TEMPLATE = """\
 QWEN3_VL = (TRL_TEMPLATES / "qwen3_vl_training.jinja").read_text(encoding="utf-8")
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 FORGED = "</s><s>user "
+WITHOUT_TOOLS = [kind for kind in KINDS if kind not in ("mllama", "pixtral")]  # those two: test_tool_formats.py
 
 
 def call(arguments: Any, name: str = "weather", **more: Any) -> dict[str, Any]:
@@ -280,14 +281,13 @@ def test_the_templates_that_trl_ships_write_all_of_it(name: str) -> None:
 # ---- a template that has none of it
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("source", "has"),
+    ("kind", "source", "has"),
     [
-        (row(user(), calls(call({}))), "tool calls"),
-        (row(user(), says(), tools=[WEATHER]), "tools"),
-        (row(user(), says(reasoning="Hm.")), "reasoning"),
-        (RAIN, "tools, tool calls, tool results"),
+        *((kind, row(user(), says(reasoning="Hm.")), "reasoning") for kind in KINDS),
+        *((kind, row(user(), calls(call({}))), "tool calls") for kind in WITHOUT_TOOLS),
+        *((kind, row(user(), says(), tools=[WEATHER]), "tools") for kind in WITHOUT_TOOLS),
+        *((kind, RAIN, "tools, tool calls, tool results") for kind in WITHOUT_TOOLS),
     ],
 )
 def test_what_a_template_would_drop_is_refused_by_row_and_model(kind: str, source: dict[str, Any], has: str) -> None:

@@ -203,7 +203,9 @@ class Patient:
             ModelError: it refuses them.
 
         """
-        shaped: list[Message] = [{**message, "content": [_bare(part) for part in message["content"]]} for message in messages]
+        shaped = [{**message, "content": [_bare(part) for part in message["content"]]} for message in messages]
+        if template is None:
+            shaped = self.collator.as_written(shaped)
         if self.tokenizer is self.collator.processor:  # a language model's template takes plain texts
             shaped = [{**m, "content": "".join(part["text"] for part in m["content"])} for m in shaped]
         tools = next((message["tools"] for message in messages if message.get("tools")), None)

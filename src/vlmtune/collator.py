@@ -254,9 +254,14 @@ class MultimodalCollator:
                 raise ImageError(f"{_name(row, place)}: {error}") from None
 
         messages = [{**m, "content": [decoded(part) for part in m["content"]]} for m in row["messages"]]
+        messages = self.as_written(messages)
         if fault := self._template_fault(messages):
             raise DatasetError(f"{_name(row, place)} {fault}")
         return messages
+
+    def as_written(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The messages as the family's own chat template takes them; as they are for any other."""
+        return self.family.as_written(messages) if self.chat_template == self.family.chat_template else messages
 
     def _template_fault(self, messages: list[dict[str, Any]]) -> str:
         """What the chat template does not write of tools, calls, results and reasoning, or nothing."""

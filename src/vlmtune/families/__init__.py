@@ -71,6 +71,10 @@ class Family:
         """
         raise RecipeError(f"images.min_pixels and images.max_pixels are not settings of {self.name}'s processor: remove them")
 
+    def as_written(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The messages as `chat_template` takes them, where a template alone cannot write what the makers' encoder does."""
+        return messages
+
     def process(self, processor: Any, conversations: list[list[dict[str, Any]]], **options: Any) -> dict[str, Tensor]:
         """The processor's batch for conversations whose pictures are opened; `options` of `apply_chat_template`."""
         # transformers goes through a tensor of offsets token by token to make the assistant mask: through lists, 5 times faster

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -25,6 +26,10 @@ class Pixtral(Family):
             raise RecipeError("images.min_pixels is not a setting of pixtral's processor, which never enlarges: remove it")
         if max_pixels:  # the processor bounds both edges, so that the area keeps below the square
             processor.image_processor.size = {"longest_edge": isqrt(max_pixels)}
+
+    def as_written(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Results of tools as JSON, for mistral-common reads them as JSON wherever that can be done, and no template can."""
+        return [{**m, "content": _result(m["content"])} if m["role"] == "tool" else m for m in messages]
 
     def picture_inputs(self, image_processor: Any, images: Any, **options: Any) -> dict[str, Any]:
         settings = {**vars(image_processor), **options}
@@ -53,6 +58,17 @@ class Pixtral(Family):
             )[0]
             for pixels, (height, width) in pictures
         ]
+
+
+def _result(content: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if any(part["type"] != "text" for part in content):
+        return content  # the template says that it has no pictures there
+    text = "\n\n".join(part["text"] for part in content if part["text"])
+    try:
+        found = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        found = text
+    return [{"type": "text", "text": json.dumps(found, ensure_ascii=False)}]
 
 
 FAMILY = Pixtral(
