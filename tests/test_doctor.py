@@ -780,3 +780,71 @@ def test_report_shows_every_check_in_words() -> None:
 def test_every_check_has_a_row_on_the_page_about_the_doctor() -> None:
     page = (ROOT / "docs/doctor.md").read_text()
     assert [name for name in [*CHECKS, "data: rows", "data: processor"] if f"| {name} |" not in page] == []
+
+
+# ---- tools
+
+
+def tools(name: str = "rain", description: str = "Will it rain?") -> list[dict[str, Any]]:
+    return [{"type": "function", "function": {"name": name, "description": description, "parameters": {"type": "object"}}}]
+
+
+def calling(arguments: dict[str, Any], *, question: str = "What?", **columns: Any) -> dict[str, Any]:
+    call = {"type": "function", "id": "abcdefgh1", "function": {"name": "rain", "arguments": arguments}}
+    asks = {"role": "assistant", "content": None, "tool_calls": [call]}
+    result = {"role": "tool", "content": '{"rain": 0}', "tool_call_id": "abcdefgh1"}
+    return {"messages": [said("user", question), asks, result, said("assistant", "No.")], **columns}
+
+
+OF_TOOLS = (
+    "{% if tools %}{{ '<|im_start|>' }}{% for tool in tools %}{{ tool.function | tojson }}{% endfor %}{{ '<|im_end|>\n' }}"
+    "{% endif %}"
+)
+CALLS = (
+    "{% generation %}" + PARTS + "{% for call in m.tool_calls %}{{ call.function | tojson }}{% endfor %}{{ '<|im_end|>' }}"
+    "{% endgeneration %}{{ '\n' }}"
+)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "mllama", "pixtral"])
+def test_rows_whose_tools_differ_are_no_alarm(admitted: Admit, kind: str) -> None:
+    rows = [
+        calling({"city": "Paris"}, tools=tools()),
+        calling({}, question="No tools?"),
+        calling({"n": [1]}, tools=tools("rain", "[IMG] <|image|> <|im_end|> <|made_up|>")),
+        {**calling({"city": "Rome"}), "tools": tools() + tools("roll")},
+        {"messages": [said("user", "What?", Image.new("RGB", (40, 50), (9, 90, 200))), said("assistant", "A kite.")]},
+    ]
+    template = OF_TOOLS + chat_template(answer=CALLS) if kind == "qwen2_vl" else None
+    report = examined(with_rows(admitted(kind, template=template), rows))
+    assert [f"{each.check}: {each.found}" for each in (*report.failures, *report.warnings)] == []
+
+
+def test_each_row_is_rendered_with_its_own_tools(admitted: Admit) -> None:
+    patient = admitted(template=OF_TOOLS + chat_template(answer=CALLS))
+    patient = with_rows(patient, [calling({}, tools=tools("rain")), calling({}), calling({}, tools=tools("roll"))])
+    texts = [patient.rendered(row["messages"]) for row in patient.rows]
+    assert [('rain", "description' in text, 'roll", "description' in text) for text in texts] == [
+        (True, False),
+        (False, False),
+        (False, True),
+    ]
+
+
+def test_pixtrals_results_are_rendered_as_they_are_trained(admitted: Admit) -> None:
+    patient = with_rows(admitted("pixtral"), [calling({}, tools=tools())])
+    assert '[TOOL_RESULTS]{"content": {"rain": 0}, "call_id"' in patient.rendered(patient.rows[0]["messages"])
+
+
+def test_a_token_that_the_template_writes_for_tools_alone_is_looked_at(admitted: Admit) -> None:
+    patient = admitted(template=OF_TOOLS.replace("<|im_start|>", "<|tools|>") + chat_template(answer=CALLS))
+    patient = with_rows(patient, [calling({}), calling({}, tools=tools())])
+    finding = told(patient, "template: special tokens")
+    assert (finding.verdict, "<|tools|>" in finding.found, "row 2 of" in finding.found) == ("warning", True, True)
+
+
+def test_rows_that_differ_in_calls_or_tools_alone_are_no_duplicates(admitted: Admit) -> None:
+    rows = [calling({"n": 1}, tools=tools()), calling({"n": 2}, tools=tools()), calling({"n": 1}, tools=tools("roll"))]
+    patient = admitted(template=OF_TOOLS + chat_template(answer=CALLS))
+    assert told(with_rows(patient, rows), "images: duplicates").verdict == "ok"
+    assert told(with_rows(patient, [*rows, rows[1]]), "images: duplicates").found.startswith("row 4 of given.jsonl (as row 2")

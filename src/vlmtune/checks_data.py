@@ -15,6 +15,7 @@ from vlmtune.collator import pictures
 from vlmtune.data import Rows
 from vlmtune.images import original
 from vlmtune.model import compute_dtype
+from vlmtune.tools import beside
 
 DOMINATES = 0.8  # share of a row's tokens
 MANY = 1024  # tokens of a row's pictures: below that they cost little, whatever their share
@@ -107,7 +108,8 @@ def duplicates(patient: Patient) -> Finding:
         count += len(prints)
         seen.update(prints)
         texts = [part["text"] for message in row["messages"] for part in message["content"] if part["type"] == "text"]
-        earlier = first.setdefault(repr((prints, texts)), rows.name(position))
+        others = [beside(message) for message in row["messages"]]
+        earlier = first.setdefault(repr((prints, texts, others)), rows.name(position))
         if earlier != rows.name(position):
             repeated.append(f"{rows.name(position)} (as {earlier})")
     if repeated:

@@ -12,6 +12,7 @@ from vlmtune.checks import Check, Encoded, Finding, Message, Patient, Row, failu
 from vlmtune.collator import has_markers, pictures
 from vlmtune.errors import ModelError
 from vlmtune.evaluation import question
+from vlmtune.tools import harmless
 
 # how chat templates write special tokens: `<|im_end|>`; and others, which may be plain text by intention, as Llama 2's [INST]
 SPECIAL = re.compile(r"(<[|｜][^\s<>]+[|｜]>)|\[/?[A-Z][A-Z_]+\]|</?[a-z_]+>")
@@ -285,25 +286,26 @@ def _plain_renderings(patient: Patient, *, each_shape_once: bool = True) -> Iter
     """Rows with harmless texts, rendered: what is in them then comes from the template."""
     known: set[str] = set()
     for row in patient.rows:
-        shape = str([(message["role"], [part["type"] for part in message["content"]]) for message in row["messages"]])
+        plain = _harmless(row["messages"])
+        shape = str([{**message, "content": [part["type"] for part in message["content"]]} for message in plain])
         if each_shape_once and shape in known:
             continue
         known.add(shape)
         try:
-            text = patient.rendered(_harmless(row["messages"]))
+            text = patient.rendered(plain)
         except ModelError as error:
             raise ModelError(f"{row['name']}: {error}") from error
         yield row, text
 
 
 def _harmless(messages: Sequence[Message], *, pictures: bool = True) -> list[Message]:
-    """The messages with "a" for every text, and perhaps without their pictures."""
+    """The messages with "a" for every text, in tools and calls too, and perhaps without their pictures."""
     text = {"type": "text", "text": "a"}
 
     def parts(message: Message) -> list[Any]:
         return [text if part["type"] == "text" else dict(part) for part in message["content"] if pictures or "text" in part]
 
-    return [{**message, "content": parts(message)} for message in messages]
+    return [{"role": message["role"], "content": parts(message), **harmless(message)} for message in messages]
 
 
 def _pieces(patient: Patient, token: str) -> int:
