@@ -10,7 +10,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,11 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from vlmtune.attention import IMPLEMENTATION
 from vlmtune.errors import ModelError, RecipeError, one_line
@@ -150,6 +154,55 @@ def outline_base(section: ModelSection, family: Family, config: Any) -> PreTrain
         model.hf_quantizer = quantizer  # by which the trainer knows that adapters can be trained on it
     keep_training_layout(model)
     return model.requires_grad_(False)
+
+
+def skeleton(section: ModelSection, family: Family, config: Any) -> PreTrainedModel:
+    """The model of this config without weights, for its names and shapes."""
+    auto = AutoModelForImageTextToText if family.takes_images else AutoModelForCausalLM
+    with torch.device("meta"):
+        return auto.from_config(copy.deepcopy(config), trust_remote_code=section.trust_remote_code)
+
+
+def weight_files(section: ModelSection) -> list[Path]:
+    """The checkpoint's files of weights, from its directory or the hub's cache; those that are missing are fetched.
+
+    Raises:
+        ModelError: it has none in safetensors' format.
+
+    """
+    origin: Any = {"revision": section.revision or "main"}
+    try:
+        for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME):
+            found = cached_file(section.name, name, _raise_exceptions_for_missing_entries=False, **origin)
+            if found and name == SAFE_WEIGHTS_NAME:
+                return [Path(found)]
+            if found:
+                return [Path(path) for path in get_checkpoint_shard_files(section.name, found, **origin)[0]]
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model {section.name}: its weights cannot be found: {one_line(error)}") from error
+    raise ModelError(
+        f"model {section.name} has no weights in safetensors' format, only in another: load it once and write it with "
+        "`save_pretrained`"
+    )
+
+
+def parameter_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str | None]:
+    """What `from_pretrained` makes of a checkpoint's names, of this or an earlier transformers: the model's own.
+
+    None where a tensor does not become a parameter as it is, but is split or joined with others.
+    https://github.com/huggingface/transformers/blob/main/src/transformers/core_model_loading.py (`rename_source_key`)
+    """
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state = model.state_dict()
+    found: dict[str, str | None] = {}
+    for name in sorted(names):
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if renamed not in state and name in state:
+            renamed, pattern = name, None
+        found[name] = renamed if pattern is None else None
+    return found
 
 
 def _outline_four_bit(layer: bnb.nn.Linear4bit, dtype: torch.dtype) -> None:

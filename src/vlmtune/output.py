@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from typing import Any
 from vlmtune.errors import OutputError
 
 MARK = ".vlmtune"  # lies in every directory that vlmtune made: no other is ever deleted
+LOCK = ".lock"  # in a directory that is being written
 LAST = "adapter_config.json"  # a directory without it is no adapter, so that it moves in last
 
 
@@ -84,6 +86,89 @@ def whole(directory: Path, *, replace: bool = False) -> Generator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
+class Unfinished:
+    """A directory beside the one that is wanted, and what in it is finished: a killed process leaves it, a later one goes on.
+
+    Files count as finished when `done` was told so, with facts about them; all others are written anew.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.finished: dict[str, dict[str, Any]] = {}
+
+    @property
+    def _journal(self) -> Path:
+        return self.directory / ".finished.json"
+
+    def open(self, task: str) -> None:
+        """Keeps what an earlier process finished of the very same task, and nothing else."""
+        try:
+            found = json.loads(self._journal.read_text(encoding="utf-8"))
+            self.finished = found["files"] if found["task"] == task else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            self.finished = {}
+        for path in self.directory.iterdir():
+            if path.name not in (*self.finished, LOCK):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.task = task
+
+    def done(self, name: str, facts: Mapping[str, Any]) -> None:
+        """The file is on the disk, whole."""
+        self.finished[name] = dict(facts)
+        write_json(self._journal, {"task": self.task, "files": self.finished})
+        _sync(self._journal)
+
+    def clear(self) -> None:
+        """Leaves only what is to appear."""
+        self._journal.unlink(missing_ok=True)
+        (self.directory / LOCK).unlink(missing_ok=True)
+
+
+@contextmanager
+def resumable(directory: Path, task: str, *, replace: bool = False) -> Generator[Unfinished]:
+    """Like `whole`, for work that takes long: a process that is killed leaves what it finished to the next one.
+
+    What is unfinished lies in `.NAME.unfinished` beside the directory, and goes where the work fails.
+
+    Args:
+        task: all that the result depends on; what was begun for another task is deleted.
+        replace: an earlier directory goes in the moment that the new one appears.
+
+    Raises:
+        OutputError: the disk is full, or another process writes the same directory.
+
+    """
+    unfinished = Unfinished(directory.parent / f".{directory.name}.unfinished")
+    with disk_errors(directory):
+        unfinished.directory.mkdir(parents=True, exist_ok=True)
+        with (unfinished.directory / LOCK).open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise OutputError(f"{directory} is being written by another process: wait for it, or stop it") from None
+            unfinished.open(task)
+            try:
+                yield unfinished
+            except Exception:
+                shutil.rmtree(unfinished.directory, ignore_errors=True)
+                raise
+            unfinished.clear()
+            _appear(unfinished.directory, directory, replace=replace)
+
+
+def _appear(finished: Path, directory: Path, *, replace: bool) -> None:
+    for path in finished.rglob("*"):
+        _sync(path)
+    _sync(finished)
+    earlier = directory.parent / f".{directory.name}.earlier"
+    if replace and directory.exists():
+        shutil.rmtree(earlier, ignore_errors=True)
+        directory.rename(earlier)
+    finished.rename(directory)  # over an empty directory, too
+    _sync(directory.parent)
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
 @contextmanager
 def disk_errors(directory: Path) -> Generator[None]:
     """Turns a full disk or a forbidden place, whoever meets it, into one sentence."""
@@ -139,9 +224,8 @@ def existing(directory: Path) -> Path:
 
 
 def _sync(path: Path) -> None:
-    if path.is_file():
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,228 @@
+"""Which tensor of the merged model comes from where, and the files that are written by that."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from vlmtune.console import progress
+from vlmtune.errors import ModelError, OutputError
+from vlmtune.merge.adapter import Adapter, Part, changes, parts
+from vlmtune.merge.weights import Entry, Stored, write
+from vlmtune.model import parameter_names
+from vlmtune.output import Unfinished
+
+BESIDE = 64 * 10**6  # bytes at most of processor and config
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A tensor of the merged model."""
+
+    entry: Entry
+    source: Stored
+    parameter: str | None = None  # the model's own name for it, where something changes it
+    parts: tuple[Part, ...] = ()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The merged model's tensors, file by file."""
+
+    files: Mapping[str, Sequence[Target]]
+    untied: bool = False  # embeddings and head were one weight in the base and are two now
+
+    @property
+    def targets(self) -> list[Target]:
+        return list(itertools.chain.from_iterable(self.files.values()))
+
+    @property
+    def changed(self) -> list[Target]:
+        return [target for target in self.targets if target.parts]
+
+    @property
+    def bytes(self) -> int:
+        return sum(target.entry.bytes for target in self.targets)
+
+
+def lay_out(
+    base: Sequence[Stored],
+    adapter: Adapter,
+    model: PreTrainedModel,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str = "5GB",
+) -> Layout:
+    """The merged model, planned: the base's tensors under the base's names, in its order.
+
+    Args:
+        model: the base without weights.
+        dtype: of all that is not an integer; None keeps what each tensor has.
+
+    Raises:
+        ModelError: a tensor of the adapter that bears on none of the base.
+
+    """
+    names = parameter_names(model, [tensor.name for tensor in base])
+    tied = {name: source for name, source in model.all_tied_weights_keys.items() if name not in names.values()}
+    bearing = _bearing(adapter, model, {name for name in names.values() if name} | set(tied))
+    apart = {} if adapter.config.ensure_weight_tying else _torn_apart(bearing, tied)
+    at_source = {tied[name]: bearing[name] for name in bearing if name in tied and name not in apart}
+    targets = [_target(tensor.name, tensor, names[tensor.name], {**at_source, **bearing}, dtype) for tensor in base]
+    stored = {names[tensor.name]: tensor for tensor in base}
+    targets += [_target(name, stored[source], name, bearing, dtype) for name, source in apart.items()]
+    return Layout(_shards(targets, size_in_bytes(max_shard_size)), untied=bool(apart))
+
+
+def _bearing(adapter: Adapter, model: PreTrainedModel, there: set[str]) -> dict[str, tuple[Part, ...]]:
+    """The parts of the adapter by the model's parameter; each of its tensors has found one."""
+    found = parts(adapter)
+    renamed = parameter_names(model, [part.parameter for part in found])
+    bearing: dict[str, tuple[Part, ...]] = {}
+    astray: list[str] = []
+    for part in found:
+        name = renamed[part.parameter]
+        if name is None or name not in there:
+            astray += part.names.values()
+        else:
+            bearing[name] = (*bearing.get(name, ()), part)
+    if astray:
+        listed = ", ".join(sorted(astray)[:20]) + (", …" if len(astray) > 20 else "")
+        raise ModelError(
+            f"{len(astray)} of {len(adapter.names)} tensors of the adapter in {adapter.directory} match no weight of its base: "
+            f"it was trained on another model, or on one whose weights are stored in another shape ({listed})"
+        )
+    return bearing
+
+
+def _torn_apart(bearing: Mapping[str, tuple[Part, ...]], tied: Mapping[str, str]) -> dict[str, str]:
+    """Tied weights of which the adapter changes one and not the other, so that the merged model has two.
+
+    Trained tokens are PEFT's exception: it keeps them the same in both.
+    """
+
+    def kinds(name: str) -> set[str]:
+        return {kind for part in bearing.get(name, ()) for kind in part.names} - {"tokens"}
+
+    return {name: source for name, source in tied.items() if bool(kinds(name)) or bool(kinds(source))}
+
+
+def _target(
+    name: str, source: Stored, parameter: str | None, bearing: Mapping[str, tuple[Part, ...]], dtype: torch.dtype | None
+) -> Target:
+    kept = dtype if dtype is not None and source.dtype.is_floating_point else source.dtype
+    return Target(Entry(name, source.shape, kept), source, parameter, bearing.get(parameter or "", ()))
+
+
+def _shards(targets: Sequence[Target], limit: int) -> dict[str, list[Target]]:
+    """The targets in files of at most `limit` bytes each, one tensor at least."""
+    files: list[list[Target]] = [[]]
+    for target in targets:
+        if files[-1] and sum(t.entry.bytes for t in files[-1]) + target.entry.bytes > limit:
+            files.append([])
+        files[-1].append(target)
+    if len(files) == 1:
+        return {SAFE_WEIGHTS_NAME: files[0]}
+    return {f"model-{number:05}-of-{len(files):05}.safetensors": file for number, file in enumerate(files, 1)}
+
+
+def size_in_bytes(text: str) -> int:
+    """`5GB` → 5000000000, `512MiB` → 536870912.
+
+    Raises:
+        ModelError: no such size.
+
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)", text.strip().upper())
+    if not found or float(found[1]) == 0:
+        raise ModelError(f"max_shard_size {text!r} is no size: write it as 5GB or 500MB")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def make_room(layout: Layout, unfinished: Unfinished) -> None:
+    """Makes sure that the disk holds what is still to be written.
+
+    Raises:
+        OutputError: it does not.
+
+    """
+    there = sum(path.stat().st_size for path in unfinished.directory.iterdir() if path.is_file())
+    needed, free = layout.bytes - there + BESIDE, shutil.disk_usage(unfinished.directory).free
+    if needed > free:
+        raise OutputError(
+            f"the merged model needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free in {unfinished.directory.parent}: "
+            "make room or name another place"
+        )
+
+
+@dataclass
+class Written:
+    """What the files hold."""
+
+    hashes: dict[str, str] = field(default_factory=dict[str, str])  # SHA-256 by file
+    largest: dict[str, float] = field(default_factory=dict[str, float])  # largest change by weight
+
+
+def write_weights(layout: Layout, adapter: Adapter, unfinished: Unfinished) -> Written:
+    """Writes the files that are not finished yet, one after the other, and their index.
+
+    Raises:
+        ModelError: no weight has changed.
+
+    """
+    written = Written()
+    with progress() as shown:
+        task = shown.add_task("Merging (MB)", total=layout.bytes / 1e6, text="")
+        for name, targets in layout.files.items():
+            if name in unfinished.finished:
+                shown.advance(task, sum(target.entry.bytes for target in targets) / 1e6)
+            else:
+                largest: dict[str, float] = {}
+                blocks = _merged(targets, adapter, largest)
+                seen = (shown.advance(task, block.nbytes / 1e6) or block for block in blocks)
+                digest = write(unfinished.directory / name, [target.entry for target in targets], seen)
+                unfinished.done(name, {"sha256": digest, "largest": largest})
+            written.hashes[name] = unfinished.finished[name]["sha256"]
+            written.largest |= unfinished.finished[name]["largest"]
+    if not any(written.largest.values()):
+        raise ModelError("the adapter changes no weight of its base: it was never trained, or its weights were not saved")
+    _write_index(layout, unfinished.directory)
+    return written
+
+
+def _merged(targets: Iterable[Target], adapter: Adapter, largest: dict[str, float]) -> Iterator[Tensor]:
+    """The blocks of a file's tensors, changed and rounded once; notes how far each weight moved."""
+    for target in targets:
+        made = [change for part in target.parts for change in changes(adapter, part, target.source.shape)]
+        moved = 0.0
+        for first, rows in target.source.blocks():
+            if made:
+                before = after = rows.float()
+                for change in made:
+                    after = change(after, first)
+                moved = max(moved, (after - before).abs_().max().item())
+                yield after.to(target.entry.dtype)
+            else:
+                yield rows.to(target.entry.dtype)
+        if made:
+            largest[target.entry.name] = moved
+
+
+def _write_index(layout: Layout, directory: Path) -> None:
+    if len(layout.files) == 1:
+        return
+    weight_map = {target.entry.name: name for name, targets in layout.files.items() for target in targets}
+    content: dict[str, Any] = {"metadata": {"total_size": layout.bytes}, "weight_map": weight_map}
+    (directory / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,195 @@
+"""A merge beside PEFT's own: the same weights, whatever the family, the adapter and the checkpoint's names."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny import KINDS, make_processor
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from vlmtune import ModelError, MultimodalCollator, merge_adapter
+
+ATTENTION = ["q_proj", "v_proj"]  # of the language model, and of two families' towers
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {"target_modules": [*ATTENTION, "down_proj"]},
+    "rslora": {"target_modules": ATTENTION, "use_rslora": True},
+    "dora": {"target_modules": ATTENTION, "use_dora": True},
+    "patterns": {
+        "target_modules": ATTENTION,
+        "rank_pattern": {"q_proj": 2},
+        "alpha_pattern": {"layers.0.self_attn.v_proj": 3, "q_proj": 5},
+    },
+    "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    "tied": {"target_modules": ATTENTION},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 70]}},
+    "embedding": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+}
+Make = Callable[..., tuple[Path, Path]]
+
+
+def auto(kind: str) -> Any:
+    return AutoModelForCausalLM if kind == "text" else AutoModelForImageTextToText
+
+
+@pytest.fixture
+def adapted(checkpoint: Callable[[str], Path], tmp_path: Path) -> Make:
+    """A base, with its weights under the hub's names or under transformers' own, and a random adapter for it."""
+
+    def make(kind: str, options: dict[str, Any], *, names: str = "hub", tied: bool = False, dtype: str = "float32") -> Any:
+        source = checkpoint(kind)
+        model = auto(kind).from_pretrained(source, dtype=dtype)
+        if tied:
+            model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = True
+            model.tie_weights()
+        base = tmp_path / "base"
+        model.save_pretrained(base, save_original_format=names == "hub")
+        for path in source.iterdir():
+            if not (base / path.name).exists():
+                (base / path.name).write_bytes(path.read_bytes())
+        torch.manual_seed(1)
+        fresh = auto(kind).from_pretrained(base, dtype=dtype)
+        tuned = get_peft_model(fresh, LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, **options))
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.data += torch.randn_like(parameter) * 0.05
+        tuned.save_pretrained(tmp_path / "adapter")
+        return base, tmp_path / "adapter"
+
+    return make
+
+
+def merged_by_peft(kind: str, base: Path, adapter: Path) -> dict[str, Tensor]:
+    model: Any = PeftModel.from_pretrained(auto(kind).from_pretrained(base), str(adapter)).merge_and_unload()
+    return model.state_dict()
+
+
+def ulps(one: Tensor, other: Tensor) -> int:
+    """How many numbers of a 16-bit format lie between the two, at most."""
+
+    def order(tensor: Tensor) -> Tensor:
+        bits = tensor.contiguous().view(torch.int16).int()
+        return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+    return int((order(one) - order(other)).abs().max())
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "text"])
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_in_float32_the_merged_weights_are_peft_s_bit_by_bit(adapted: Make, tmp_path: Path, kind: str, name: str) -> None:
+    if name == "tied" and kind == "mllama":
+        pytest.skip("its embeddings have more rows than its head")
+    base, adapter = adapted(kind, ADAPTERS[name], tied=name == "tied")
+    merge_adapter(adapter, tmp_path / "merged", base=str(base))
+    expected = merged_by_peft(kind, base, adapter)
+    merged = auto(kind).from_pretrained(tmp_path / "merged").state_dict()
+    assert merged.keys() == expected.keys()
+    assert [n for n in merged if not torch.equal(merged[n], expected[n])] == []
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "text"])
+@pytest.mark.parametrize("name", ["lora", "dora", "modules_to_save"])
+def test_in_bfloat16_they_are_peft_s_to_one_unit_in_the_last_place(
+    adapted: Make, tmp_path: Path, kind: str, name: str
+) -> None:
+    base, adapter = adapted(kind, ADAPTERS[name], dtype="bfloat16")
+    merge_adapter(adapter, tmp_path / "merged", base=str(base))
+    expected = merged_by_peft(kind, base, adapter)
+    merged = auto(kind).from_pretrained(tmp_path / "merged").state_dict()
+    assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
+    assert max(ulps(merged[n], expected[n]) for n in merged) <= 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_under_transformers_own_names_are_found_as_well_and_keep_them(adapted: Make, tmp_path: Path, kind: str) -> None:
+    base, adapter = adapted(kind, ADAPTERS["lora"], names="transformers")
+    merge_adapter(adapter, tmp_path / "merged", base=str(base))
+    expected = merged_by_peft(kind, base, adapter)
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert merged.keys() == load_file(base / "model.safetensors").keys() == expected.keys()
+    assert [n for n in merged if not torch.equal(merged[n], expected[n])] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_that_was_trained_under_older_names_is_merged_all_the_same(adapted: Make, tmp_path: Path, kind: str) -> None:
+    """PEFT loads the half of it, or nothing, and warns."""
+    base, adapter = adapted(kind, ADAPTERS["lora"])
+    merge_adapter(adapter, tmp_path / "merged", base=str(base))
+    old = {"qwen2_vl": ("model.language_model.", "model."), "mllama": ("model.language_model.", "language_model.model.")}
+    old["pixtral"] = old["mllama"]
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    renamed = {name.replace(*old[kind]).replace("model.vision", "vision"): tensor for name, tensor in tensors.items()}
+    assert renamed.keys().isdisjoint(tensors) or kind == "qwen2_vl"
+    save_file(renamed, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    merge_adapter(adapter, tmp_path / "again", base=str(base))
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("options", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["embed_tokens", "q_proj"]}])
+@pytest.mark.parametrize("kind", ["qwen2_vl", "text"])
+def test_tied_weights_of_which_one_changes_are_two_afterwards(
+    adapted: Make, tmp_path: Path, kind: str, options: dict[str, Any]
+) -> None:
+    base, adapter = adapted(kind, {"target_modules": ["q_proj"], **options}, tied=True)
+    merge_adapter(adapter, tmp_path / "merged", base=str(base), verify="full")
+    ids = torch.tensor([[9, 8, 7, 6]])
+    tuned: Any = PeftModel.from_pretrained(auto(kind).from_pretrained(base), str(adapter))
+    merged = auto(kind).from_pretrained(tmp_path / "merged")
+    assert merged.get_output_embeddings().weight is not merged.get_input_embeddings().weight
+    with torch.no_grad():
+        assert (tuned.eval()(input_ids=ids).logits - merged(input_ids=ids).logits).abs().max() <= 1e-4
+
+
+def test_tied_weights_that_were_trained_as_one_stay_one(adapted: Make, tmp_path: Path) -> None:
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    base, adapter = adapted("text", options, tied=True)
+    merge_adapter(adapter, tmp_path / "merged", base=str(base), verify="full")
+    with safe_open(tmp_path / "merged" / "model.safetensors", framework="pt") as file:
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118
+
+
+FRESH = """
+import sys, torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1])
+processor = AutoProcessor.from_pretrained(sys.argv[1])
+from PIL import Image
+ask = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (40, 40))}, {"type": "text", "text": "What?"}]}]
+inputs = processor.apply_chat_template(ask, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+print(model.generate(**inputs, max_new_tokens=4, do_sample=False).shape[1] - inputs["input_ids"].shape[1])
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fresh_process_loads_it_plainly_and_generates(adapted: Make, tmp_path: Path, kind: str) -> None:
+    base, adapter = adapted(kind, ADAPTERS["lora"])
+    processor = make_processor(kind)
+    processor.chat_template = MultimodalCollator(processor).chat_template
+    processor.save_pretrained(adapter)
+    merge_adapter(adapter, tmp_path / "merged", base=str(base))
+    done = subprocess.run([sys.executable, "-c", FRESH, tmp_path / "merged"], capture_output=True, text=True, check=True)
+    assert 1 <= int(done.stdout.split()[-1]) <= 4
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"target_modules": ["q_proj"], "lora_bias": True}, "lora_bias"),
+        ({"target_modules": ["embed_tokens"], "use_dora": True}, "DoRA on an embedding"),
+    ],
+)
+def test_what_is_not_merged_is_refused_by_name(adapted: Make, tmp_path: Path, options: dict[str, Any], sentence: str) -> None:
+    base, adapter = adapted("qwen2_vl", options)
+    with pytest.raises(ModelError, match=sentence):
+        merge_adapter(adapter, tmp_path / "merged", base=str(base))
+    assert not (tmp_path / "merged").exists()
