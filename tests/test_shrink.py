@@ -58,8 +58,11 @@ def collator_of(kind: str, limit: int | None = None) -> MultimodalCollator:
     return MultimodalCollator(processor, max_length=limit)
 
 
-def shrunk(kind: str, rows: Sequence[Written], limit: int, held_out: Sequence[Written] = ()) -> tuple[Split, list[int]]:
-    asked = load_recipe({"model": {"name": kind}, "data": {"source": "given"}, "on_too_long": "shrink"})
+def shrunk(
+    kind: str, rows: Sequence[Written], limit: int, held_out: Sequence[Written] = (), on_bad_row: str = "raise"
+) -> tuple[Split, list[int]]:
+    policies = {"on_too_long": "shrink", "on_bad_row": on_bad_row}
+    asked = load_recipe({"model": {"name": kind}, "data": {"source": "given"}, **policies})
     split = Split(in_memory(rows), in_memory(held_out, "held_out.jsonl") if held_out else None)
     return counted_rows(asked, split, collator_of(kind, limit))
 
@@ -189,6 +192,33 @@ def test_a_row_that_is_too_long_with_any_picture_is_refused_and_named(kind: str)
     )
     assert f"row 2 of given.jsonl: it has {counts[1]} tokens and the limit is {counts[0]}" in told
     assert f"row 3 of given.jsonl: it has {counts[2]} tokens and the limit is {counts[0]}" in told
+    assert "or set `on_bad_row: drop` to go on without them" in told
+
+
+@pytest.mark.parametrize("kind", SIZED)
+def test_with_on_bad_row_drop_the_rest_is_shrunk_and_such_a_row_dropped_counted_and_named(kind: str) -> None:
+    hopeless: Written = ([(200, 150)], "What?", "long " * 80)
+    written = [ROWS[0], hopeless, ROWS[1]]
+    counts = lengths(kind, written)
+    limit = counts[0] + SPARE
+    split, after = shrunk(kind, written, limit, held_out=[hopeless, ROWS[0]], on_bad_row="drop")
+    assert [split.train.name(place) for place in range(len(split.train))] == ["row 1 of given.jsonl", "row 3 of given.jsonl"]
+    assert set(split.shrunk) == {"row 3 of given.jsonl"}
+    assert split.dropped == {
+        f"row {number} of {source}": f"it has {counts[1]} tokens and the limit is {limit}"
+        for number, source in ((2, "given.jsonl"), (1, "held_out.jsonl"))
+    }
+    assert max(after) <= limit
+
+
+def test_a_run_goes_on_without_the_rows_that_fit_at_no_size(write: Callable[..., dict[str, Any]]) -> None:
+    written = [*ROWS, ([(200, 150)], "What?", "long " * 80)]
+    limit = lengths("qwen2_vl", ROWS)[0] + SPARE
+    asked = write("qwen2_vl", written, **{"on_bad_row": "drop", "train.max_length": limit, "packing": "off"})
+    with console.capture() as captured:
+        run = finetune(asked)
+    assert len(run.split.train) == len(ROWS)
+    assert "row 5 of source.jsonl: it has" in " ".join(captured.get().split())
 
 
 def test_a_collator_of_one_s_own_opens_its_pictures_itself(write: Callable[..., dict[str, Any]]) -> None:

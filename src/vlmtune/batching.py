@@ -84,7 +84,7 @@ def longest_row(recipe: Recipe, config: Any) -> int | None:
 def counted_rows(recipe: Recipe, split: Split, collator: MultimodalCollator) -> tuple[Split, list[int]]:
     """The rows that the processor takes and the model in one piece, and the tokens of each training row.
 
-    Where the recipe says so, those that are too long have their pictures made smaller.
+    Where the recipe says so, those that are too long get smaller pictures; where no size is small enough, they are bad rows.
 
     Raises:
         DatasetError: there are others, and the recipe does not say to drop them.
@@ -103,13 +103,13 @@ def counted_rows(recipe: Recipe, split: Split, collator: MultimodalCollator) -> 
         }
 
     split = split.without(refused, policy=recipe.on_bad_row, hint="set `on_bad_row: drop` to go on without them")
-    longer = f"raise train.max_length{' and packing.length' if recipe.packing.length else ''}, or set `on_too_long: drop`"
-    if recipe.on_too_long == "shrink":
+    policy, longer = recipe.on_too_long, f"raise train.max_length{' and packing.length' if recipe.packing.length else ''}"
+    hint = f"shorten them, lower images.max_pixels, {longer}, or set `on_too_long: drop`, or `shrink` for smaller pictures"
+    if policy == "shrink":
         split = shrink(split, collator, tokens)
-        hint = f"no smaller pictures would do: shorten their texts, {longer}"
-    else:
-        hint = f"shorten them, lower images.max_pixels, {longer}, or `shrink` for smaller pictures"
-    split = split.without(too_long, policy=recipe.on_too_long, hint=hint)
+        policy = recipe.on_bad_row  # of what is still too long
+        hint = f"no smaller pictures would do: shorten their texts, {longer}, or set `on_bad_row: drop` to go on without them"
+    split = split.without(too_long, policy=policy, hint=hint)
     return split, [tokens[split.train.name(position)] for position in range(len(split.train))]
 
 
