@@ -16,9 +16,10 @@ from vlmtune.data import Rows, Sample, Split, spread
 from vlmtune.evaluation import Comparison
 from vlmtune.families import Family
 from vlmtune.merge import load_merged, merge_adapter
-from vlmtune.model import Processor
+from vlmtune.model import Processor, compute_dtype
 from vlmtune.output import whole, write_json
 from vlmtune.recipe import EvalSection, Recipe
+from vlmtune.serving import Serving, contract, write_serving
 
 Row = Mapping[str, Any]
 PACKAGES = ("vlmtune", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
@@ -96,9 +97,24 @@ def save(run: Run) -> None:
         run.processor.save_pretrained(str(directory))
         generation.save_pretrained(str(directory))
         (directory / "recipe.yaml").write_text(run.recipe.to_yaml(), encoding="utf-8")
+        write_serving(directory, serving(run), run.adapter_dir)
         write_json(directory / "versions.json", {"python": platform.python_version()} | {p: version(p) for p in PACKAGES})
         write_json(directory / "history.json", {"log": run.history})
         write_json(directory / "metrics.json", run.metrics)
+
+
+def serving(run: Run) -> Serving:
+    """What a server has to keep to, so that the tuned model is asked as it was trained."""
+    plan = run.trainer.plan
+    return contract(
+        run.recipe,
+        run.processor,
+        family=run.family.name,
+        dtype=str(compute_dtype(run.recipe.model)).removeprefix("torch."),
+        stop_ids=evaluation.stop_token_ids(run.model, run.prompter),
+        context=getattr(run.model.config.get_text_config(), "max_position_embeddings", None),
+        longest_row=max(plan.lengths) if plan is not None else None,
+    )
 
 
 def evaluate(run: Run) -> None:
