@@ -205,7 +205,7 @@ def _count(rows: Rows, collator: MultimodalCollator, tokens: dict[str, int]) -> 
                 counts = [_length(collator, sample) for sample in samples]
             for position, count in zip(some, counts, strict=True):
                 if isinstance(count, str):
-                    refused[position] = count.removeprefix(f"{rows.name(position)}: ")
+                    refused[position] = count.removeprefix(rows.name(position)).lstrip(": ")
                 else:
                     tokens[rows.name(position)] = count
             shown.advance(task, len(some))

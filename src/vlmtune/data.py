@@ -6,9 +6,12 @@ as possible, and a row keeps its number in the user's file, so that every error 
 
 from __future__ import annotations
 
+import csv
+import io
 import itertools
 import json
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,12 +27,10 @@ from vlmtune.recipe import DataSection
 
 Row = Mapping[str, Any]
 Sizes: TypeAlias = Mapping[int, tuple[int, int]]  # number of a picture in its row, from 0 → width, height
-READERS: dict[str, dict[str, Any]] = {  # arguments of datasets.load_dataset
-    ".parquet": {"path": "parquet"},
-    ".csv": {"path": "csv"},
-    ".tsv": {"path": "csv", "sep": "\t"},
-    ".arrow": {"path": "arrow"},
-}
+READERS = {".parquet": "parquet", ".arrow": "arrow"}  # of datasets.load_dataset
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+KNOWN = ".jsonl, .json, .parquet, .csv, .tsv, .arrow"
+LONGEST_CELL = 2**31 - 1  # characters: a picture in a data URL is more than the csv module's own limit
 NO_SPLIT = "hold rows out with data.eval_source, data.eval_fraction or data.eval_rows"
 SHOWN = 5  # wrong rows that an error names
 
@@ -191,13 +192,12 @@ def find_bad_rows(rows: Rows, *, check_images: bool = True) -> dict[int, str]:
 def _open(section: DataSection, source: str, split: str) -> Rows:
     path = Path(source).expanduser()
     template = {name: getattr(section, name) for name in ("format", "system", "prompt", "response", "images")}
-    if path.suffix in {".json", ".jsonl"}:
-        content: Sequence[Row] = _read_json(path)
+    if path.suffix in {".json", ".jsonl"} or (path.is_file() and path.suffix in SEPARATORS):
+        content: Sequence[Row] = _read_table(path) if path.suffix in SEPARATORS else _read_json(path)
         if split != "train":
             raise DatasetError(f"data source {path} is one file and has no split {split!r}: {NO_SPLIT}")
     elif path.is_file() and path.suffix not in READERS:
-        known = ", ".join([".jsonl", ".json", *READERS])
-        raise DatasetError(f"data source {path} is a {path.suffix or 'file without suffix'}; files of {known} can be read")
+        raise DatasetError(f"data source {path} is a {path.suffix or 'file without suffix'}; files of {KNOWN} can be read")
     else:
         content = _read_dataset(path, source, split)
     if len(content) == 0:
@@ -207,14 +207,46 @@ def _open(section: DataSection, source: str, split: str) -> Rows:
     return Rows(content, name, root, template, range(len(content)))
 
 
-def _read_json(path: Path) -> list[Row]:
-    """Rows of a .jsonl or .json file, as Python has them: Arrow would refuse columns whose rows differ in type."""
+def _text(path: Path) -> str:
+    """The file's text, its line ends as they are."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        if path.is_fifo():  # would wait for a writer
+            raise DatasetError(f"data source {path} is a pipe, wanted a file")
+        return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise DatasetError(f"data source {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise DatasetError(f"data source {path} is not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def _read_table(path: Path) -> list[Row]:
+    """Rows of a .csv or .tsv file: each cell is the text that it is, an empty one is null.
+
+    Pandas would make 7 of `007`, null of `NA`, and shift the cells of rows that are longer than the header.
+    """
+    limit = csv.field_size_limit(LONGEST_CELL)
+    lines = csv.reader(io.StringIO(_text(path), newline=""), delimiter=SEPARATORS[path.suffix], strict=True)
+    try:
+        filled = [cells for cells in lines if cells]
+    except csv.Error as error:
+        raise DatasetError(f"line {lines.line_num} of {path} cannot be read: {error}") from None
+    finally:
+        csv.field_size_limit(limit)
+    header, rows = (filled or [[]])[0], filled[1:]
+    if twice := [name for name, count in Counter(header).items() if count > 1]:
+        raise DatasetError(f"data source {path} has {header.count(twice[0])} columns of the name {twice[0]!r}")
+    for number, cells in enumerate(rows, 1):
+        if len(cells) != len(header):
+            raise DatasetError(
+                f"row {number} of {path} has {len(cells)} cells, wanted {len(header)} as in the header: a cell that holds "
+                "a separator or a line's end stands in quotes"
+            )
+    return [{name: cell or None for name, cell in zip(header, cells, strict=True)} for cells in rows]
+
+
+def _read_json(path: Path) -> list[Row]:
+    """Rows of a .jsonl or .json file, as Python has them: Arrow would refuse columns whose rows differ in type."""
+    text = _text(path)
     if path.suffix == ".json":
         return _json_array(path, text)
     rows: list[Row] = []
@@ -225,8 +257,15 @@ def _read_json(path: Path) -> list[Row]:
 
 
 def _json(text: str, where: str) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):  # the last would stand for all
+            twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+            raise DatasetError(f"{where} has the key {twice!r} more than once in one object")
+        return found
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=once)
     except json.JSONDecodeError as error:
         place = f"column {error.colno}" if "\n" not in text else f"line {error.lineno}, column {error.colno}"
         raise DatasetError(f"{where} is not JSON: {error.msg.removesuffix(' at')} at {place}") from None
@@ -244,9 +283,12 @@ def _json_array(path: Path, text: str) -> list[Row]:
 
 
 def _read_dataset(path: Path, source: str, split: str) -> Sequence[Row]:
+    for table in sorted(path.rglob("*")) if path.is_dir() else ():
+        if table.suffix in SEPARATORS:
+            _read_table(table)  # refuses what pandas would shift
     try:
         if path.is_file():
-            dataset = datasets.load_dataset(**READERS[path.suffix], data_files=str(path), split=split)
+            dataset = datasets.load_dataset(READERS[path.suffix], data_files=str(path), split=split)
         elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             dataset = datasets.load_from_disk(str(path))
         else:

@@ -158,6 +158,8 @@ def _stream(source: object, root: Path | None, name: str) -> BinaryIO:
 
 def _file(path: Path, name: str) -> BinaryIO:
     try:
+        if path.is_fifo():  # would wait for a writer
+            raise ImageError(f"{name} is a pipe, wanted a file.")
         return path.open("rb")
     except FileNotFoundError:
         raise ImageError(f"{name} is not there: no file {str(path.absolute())!r}.") from None

@@ -124,6 +124,8 @@ def format_messages(
         return [{**messages[0], "tools": tools}, *messages[1:]] if tools else messages
     except DatasetError as error:
         raise DatasetError(f"format {chosen.name!r}: {error}") from None
+    except RecursionError:
+        raise DatasetError(f"format {chosen.name!r}: lists or mappings of the row hold each other hundreds deep.") from None
 
 
 # ---- the choice of a format
