@@ -34,6 +34,7 @@ Path_ = tuple[str, ...]
 POSITIVE = {
     *("learning_rate", "num_train_epochs", "max_length", "logging_steps", "eval_steps", "save_steps", "save_total_limit"),
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+    *("eval_accumulation_steps", "dataloader_prefetch_factor", "ddp_timeout"),
 }
 NOT_NEGATIVE = {
     "weight_decay",
@@ -43,7 +44,10 @@ NOT_NEGATIVE = {
     "seed",
     "data_seed",
     "neftune_noise_alpha",
+    "adam_epsilon",
+    "eval_delay",
 }
+BELOW_ONE = {"adam_beta1", "adam_beta2", "label_smoothing_factor"}  # and not negative
 
 EVERY_N_LAYERS = {"gradient_checkpointing", "activation_checkpointing"}  # a number here is every how many layers
 
@@ -58,6 +62,13 @@ NOT_FOR_TRAIN = {  # fields of SFTConfig that would contradict what vlmtune does
     "model_init_kwargs": "the `model` section says how the model is loaded",
     "remove_unused_columns": "the collator needs every column",
     "dataset_kwargs": "the collator prepares the rows",
+    "truncation_mode": "nothing is cut, and `on_too_long` says what becomes of a row that is too long",
+    "eval_packing": "evaluations are padded",
+    "pad_token": "it comes with the checkpoint",
+    "eos_token": "the token that ends an answer comes with the chat template",
+    "accelerator_config": "micro-batches are planned before training, and each process draws its own",
+    "parallelism_config": "each process has the whole model: torchrun starts several",
+    "resume_from_checkpoint": "`--resume` (resume=True) goes on from the last checkpoint",
 }
 
 
@@ -327,6 +338,7 @@ def _checked_train(train: Mapping[str, Any], mistakes: list[tuple[str, str]]) ->
     """The values as SFTConfig's types want them; what is no field of it, or not of its type, goes into `mistakes`."""
     if not train:
         return {}
+    from transformers.training_args import trainer_log_levels
     from trl import SFTConfig  # seconds: only where a recipe has a train section
 
     types = get_type_hints(SFTConfig)
@@ -344,6 +356,9 @@ def _checked_train(train: Mapping[str, Any], mistakes: list[tuple[str, str]]) ->
             checked[key] = "no"
             continue
         if key in EVERY_N_LAYERS and isinstance(value, int) and value > 1:
+            continue
+        if key.startswith("log_level") and value not in trainer_log_levels:
+            mistakes.append((key, f"is {value!r}: input should be one of {', '.join(trainer_log_levels)}"))
             continue
         try:
             typed = TypeAdapter(types[key], config=rules).validate_python(value)
@@ -363,6 +378,8 @@ def _out_of_range(key: str, value: float) -> str:
         return "greater than 0"
     if key in NOT_NEGATIVE and value < 0:
         return "0 or more"
+    if key in BELOW_ONE and not 0 <= value < 1:
+        return "0 or more, and below 1"
     if key in ("seed", "data_seed") and value >= 2**32:
         return "below 2**32"
     return "greater than 0, or -1 to go by num_train_epochs" if key == "max_steps" and value <= 0 and value != -1 else ""

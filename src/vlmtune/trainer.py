@@ -11,18 +11,24 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, get_scheduler
+from transformers.debug_utils import DebugOption
+from transformers.integrations import get_available_reporting_integrations, is_deepspeed_available
+from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig, SFTTrainer
 
 from vlmtune.batch import IGNORE
 from vlmtune.callbacks import PlanEpochs, Speed
-from vlmtune.errors import RecipeError
+from vlmtune.errors import RecipeError, one_line
 from vlmtune.families import Family
 from vlmtune.model import compute_dtype, kept_apart
 from vlmtune.packing import BatchPlan
+from vlmtune.plugins import did_you_mean
 from vlmtune.recipe import Recipe
 
 WITHOUT_GPU: dict[str, Any] = {"use_cpu": True, "tf32": None, "report_to": "none"}
+MEASURED = ("loss", "mean_token_accuracy", "entropy")  # by an evaluation: by these the best checkpoint may be told
 CHECKPOINTING = (  # switch and options, by their old and their new names
     "gradient_checkpointing",
     "gradient_checkpointing_kwargs",
@@ -70,6 +76,10 @@ class Trainer(SFTTrainer):
             return super().compute_loss(model, kept_apart(model, inputs), return_outputs, num_items_in_batch)
         finally:
             self._head.positions = None
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        with train_errors():
+            return super().create_optimizer(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.plan if self.plan is not None else super()._get_train_sampler(train_dataset)
@@ -159,8 +169,8 @@ def sft_config(recipe: Recipe) -> SFTConfig:
     given = dict(recipe.train)
     evaluates = any((recipe.data.eval_source, recipe.data.eval_split, recipe.data.eval_fraction, recipe.data.eval_rows))
     patience = recipe.eval.early_stop_patience
-    if patience and not evaluates:
-        raise RecipeError("`eval.early_stop_patience` needs held-out rows: set data.eval_fraction, eval_rows or eval_split")
+    _check_evaluation(recipe, evaluates=evaluates)
+    checkpoint_every(recipe)
     on_gpu, dtype = torch.cuda.is_available(), compute_dtype(recipe.model)
     defaults: dict[str, Any] = {
         "use_cpu": not (on_gpu or torch.backends.mps.is_available()),
@@ -188,20 +198,92 @@ def sft_config(recipe: Recipe) -> SFTConfig:
             f"`train.train_sampling_strategy` is {strategy!r}: rows of like length go together anyway; it is 'random' or "
             "'sequential'"
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and given.get("use_cpu", defaults["use_cpu"]):
+    if given.get("deepspeed") and not is_deepspeed_available():  # a config that fails half-made stays for all later runs
+        raise RecipeError("`train.deepspeed` is given, and deepspeed is not installed")
+    reports = ("none", "tensorboard", "all", *get_available_reporting_integrations())
+    if missing := [name for name in listed(given.get("report_to")) if name not in reports]:
+        raise RecipeError(f"`train.report_to` names {missing[0]}, which is not installed or which transformers does not know")
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        given.pop("ddp_backend", None)  # with one process there is nothing to talk about
+    elif given.get("use_cpu", defaults["use_cpu"]):
         defaults["ddp_backend"] = "gloo"
     if given.get("dataloader_num_workers", defaults["dataloader_num_workers"]):
         defaults["dataloader_persistent_workers"] = True
     for name in CHECKPOINTING:
         given.pop(name, None)
-    try:
+    with train_errors():
         config = SFTConfig(**{**defaults, **given, **fixed})
-    except (ValueError, TypeError, RuntimeError, ImportError) as error:  # ImportError: deepspeed, liger and the like
-        raise RecipeError(f"`train` section: {' '.join(str(error).split())}") from None
     if config.n_gpu > 1:  # one process uses one card, and does not count the others: torchrun starts a process for each
         # https://github.com/huggingface/transformers/blob/main/src/transformers/training_args.py (`n_gpu`)
         config._n_gpu = 1  # pyright: ignore[reportPrivateUsage]
     return config
+
+
+@contextmanager
+def train_errors(where: str = "`train` section") -> Generator[None]:
+    """Turns what TRL, transformers or torch say of values of the `train` section into one sentence.
+
+    Within it stands nothing but a call of theirs: what goes wrong there, the values have caused.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, ArithmeticError, AssertionError, RuntimeError, ImportError, OSError) as error:
+        raise RecipeError(f"{where}: {one_line(error)}") from error
+
+
+def try_out(config: SFTConfig) -> None:
+    """Makes what the trainer will make of the configuration once all rows are read and the model is loaded, of one weight.
+
+    Raises:
+        RecipeError: values that no optimiser, schedule, data loader or compiler takes, or that ask for what is not here.
+
+    """
+    if config.activation_offloading and config.device.type != "cuda":
+        raise RecipeError("`train.activation_offloading` is true, and there is no GPU whose memory it would save")
+    if config.use_liger_kernel and not is_liger_kernel_available():
+        raise RecipeError("`train.use_liger_kernel` is true, and liger-kernel is not installed")
+    if DebugOption.TPU_METRICS_DEBUG in config.debug:
+        raise RecipeError("`train.debug` has tpu_metrics_debug, and nothing is trained on a TPU here")
+    layer = nn.Linear(1, 1)
+    workers, context = config.dataloader_num_workers, config.dataloader_multiprocessing_context
+    with train_errors("`train.dataloader_multiprocessing_context`"):
+        DataLoader([0], num_workers=workers, multiprocessing_context=context)  # pyright: ignore[reportArgumentType]
+    with train_errors("`train.torch_compile_mode`"):
+        if config.torch_compile:
+            torch.compile(layer, mode=config.torch_compile_mode, backend=config.torch_compile_backend or "inductor")
+    if config.optim_target_modules is not None:  # they are the model's own
+        return
+    with train_errors("`train.optim` with `train.optim_args`"):
+        optimizer, options = SFTTrainer.get_optimizer_cls_and_kwargs(config, cast("Any", layer))
+        made = optimizer(options.pop("model", layer.parameters()), **options)
+    steps = config.max_steps if config.max_steps > 0 else 10**6
+    named: Any = config.lr_scheduler_kwargs
+    with train_errors("`train.lr_scheduler_type` with `train.lr_scheduler_kwargs`"):
+        get_scheduler(config.lr_scheduler_type, made, config.get_warmup_steps(steps), steps, named)
+
+
+def _check_evaluation(recipe: Recipe, *, evaluates: bool) -> None:
+    """Refuses settings of evaluation and of the best checkpoint that contradict each other."""
+    given, patience = recipe.train, recipe.eval.early_stop_patience
+    asked = {
+        "eval.early_stop_patience": patience,
+        "train.eval_strategy": given.get("eval_strategy", "no") != "no",
+        "train.eval_on_start": given.get("eval_on_start"),
+    }
+    if (wanting := [key for key, wanted in asked.items() if wanted]) and not evaluates:
+        raise RecipeError(f"`{wanting[0]}` needs held-out rows: set data.eval_fraction, eval_rows or eval_split")
+    if patience and given.get("load_best_model_at_end") is False:
+        raise RecipeError("`eval.early_stop_patience` keeps the best checkpoint, and `train.load_best_model_at_end` is false")
+    metric = given.get("metric_for_best_model") or "loss"
+    if metric.removeprefix("eval_") not in MEASURED:
+        raise RecipeError(
+            f"`train.metric_for_best_model` is {metric!r}; an evaluation measures {', '.join(MEASURED)}."
+            f"{did_you_mean(metric, MEASURED)}"
+        )
+    if metric.removeprefix("eval_") == "loss" and given.get("greater_is_better"):
+        raise RecipeError("`train.greater_is_better` is true, and of two losses the smaller is better")
 
 
 def plain_config(recipe: Recipe) -> SFTConfig:
@@ -230,7 +312,10 @@ def checkpoint_every(recipe: Recipe, *, on_gpu: bool | None = None) -> int:
     named: dict[str, Any] = {}
     for switch, kwargs in zip(CHECKPOINTING[::2], CHECKPOINTING[1::2], strict=True):
         on = on if recipe.train.get(switch) is None else recipe.train[switch]
-        named = recipe.train.get(kwargs) or named
+        given = recipe.train.get(kwargs) or {}
+        if isinstance(given, str):
+            raise RecipeError(f"`train.{kwargs}` is {given!r}: a mapping is wanted, such as {{every_n_layers: 2}}")
+        named = given or named
     if named.get("use_reentrant"):
         raise RecipeError(f"`train.{CHECKPOINTING[1]}.use_reentrant` is true; only false trains adapters rightly here")
     unknown = sorted(set(named) - {"use_reentrant", "every_n_layers"})
@@ -239,7 +324,10 @@ def checkpoint_every(recipe: Recipe, *, on_gpu: bool | None = None) -> int:
             f"`train.{CHECKPOINTING[1]}.{unknown[0]}` is not an option: there is every_n_layers, and use_reentrant, which is "
             "false"
         )
-    return named.get("every_n_layers", int(on)) if on else 0
+    every = named.get("every_n_layers", int(on))
+    if "every_n_layers" in named and not (isinstance(every, int) and every >= 1):
+        raise RecipeError(f"`train.{CHECKPOINTING[1]}.every_n_layers` is {every!r}: it should be 1 or more")
+    return every if on else 0
 
 
 def listed(value: Any) -> list[str]:

@@ -38,7 +38,7 @@ from vlmtune.plan.forecast import Plan
 from vlmtune.prediction import Gauge, chosen_before, in_words, planned, remedy
 from vlmtune.recipe import Recipe, load_recipe
 from vlmtune.result import Run, answer_options, evaluate, save
-from vlmtune.trainer import Trainer, checkpoint_every, listed, sft_config
+from vlmtune.trainer import Trainer, checkpoint_every, listed, sft_config, try_out
 from vlmtune.vision_cache import Processes, keep_features
 
 NAMED = 20  # rows of a kind that the terminal names
@@ -70,7 +70,7 @@ def finetune(
     """
     checked = _with_absolute_model(load_recipe(recipe, **overrides))
     output_dir = checked.output_dir
-    config = sft_config(checked)
+    try_out(sft_config(checked))
     checkpoint = _checkpoint(output_dir) if resume else None
     if not resume and is_main_process():
         claim(output_dir, overwrite=overwrite)
@@ -95,8 +95,12 @@ def finetune(
             doctor.at_start(checked, prompter, split, model)
     with disk_errors(output_dir):
         if is_main_process():
-            _open_output(checked, afresh=overwrite and not resume)
+            output_dir.mkdir(parents=True, exist_ok=True)
         trainer = _trainer(checked, config, model, split, prompter, batches)
+        if is_main_process():  # what lies there goes only now that nothing is left to be refused
+            _open_output(checked, afresh=overwrite and not resume)
+            for callback in _board(checked, split, prompter):
+                trainer.add_callback(callback)
         gauge = Gauge(plan, checked.model.name) if plan is not None and config.device.type == "cuda" else None
         if gauge is not None:
             trainer.add_callback(gauge)
@@ -227,7 +231,7 @@ def _trainer(
     every = checkpoint_every(recipe)
     if every != 0:
         use_checkpointing(model, every)
-    callbacks = _callbacks(recipe, split, prompter)
+    patience = recipe.eval.early_stop_patience
     try:
         trainer = Trainer(
             model=model,
@@ -239,7 +243,7 @@ def _trainer(
             train_dataset=_dataset(split.train),
             eval_dataset=_dataset(split.held_out) if split.held_out is not None else None,
             processing_class=prompter.processor,
-            callbacks=callbacks,
+            callbacks=[EarlyStoppingCallback(patience)] if patience else [],
         )
     except (ValueError, TypeError, OSError) as error:
         raise RecipeError(f"`train` section: {' '.join(str(error).split())}") from error
@@ -251,17 +255,15 @@ def _trainer(
     return trainer
 
 
-def _callbacks(recipe: Recipe, split: Split, prompter: MultimodalCollator) -> list[TrainerCallback]:
-    callbacks: list[TrainerCallback] = []
-    if recipe.eval.early_stop_patience:
-        callbacks.append(EarlyStoppingCallback(recipe.eval.early_stop_patience))
-    if is_main_process() and "tensorboard" in listed(recipe.train.get("report_to", "tensorboard")):
-        writer = SummaryWriter(str(recipe.output_dir / "runs"))
-        callbacks.append(TensorBoardCallback(writer))
-        if split.held_out is not None:
-            samples = spread(split.held_out, recipe.eval.samples)
-            callbacks.append(HeldOutAnswers(writer, prompter, samples, answer_options(recipe.eval)))
-    return callbacks
+def _board(recipe: Recipe, split: Split, prompter: MultimodalCollator) -> list[TrainerCallback]:
+    """What writes to TensorBoard."""
+    if "tensorboard" not in listed(recipe.train.get("report_to", "tensorboard")):
+        return []
+    writer = SummaryWriter(str(recipe.output_dir / "runs"))
+    if split.held_out is None:
+        return [TensorBoardCallback(writer)]
+    samples = spread(split.held_out, recipe.eval.samples)
+    return [TensorBoardCallback(writer), HeldOutAnswers(writer, prompter, samples, answer_options(recipe.eval))]
 
 
 def _dataset(rows: Rows) -> datasets.Dataset:
