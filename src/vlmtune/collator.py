@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError, TemplateSyntaxError
 from torch import Tensor
 
 from vlmtune.album import Album
@@ -173,9 +174,12 @@ class MultimodalCollator:
             try:
                 self._process([conversation], **options)
             except Exception as own:
+                if isinstance(own, TemplateSyntaxError):
+                    return ModelError(f"the chat template is no valid Jinja: line {own.lineno}: {one_line(own)}")
+                who = "chat template" if isinstance(own, TemplateError) else "processor"
                 sizes = ", ".join(_picture_sizes(conversation))
                 seen = f" (its pictures have {sizes} pixels)" if sizes else ""
-                return DatasetError(f"{_name(row, place)}: the model's processor refuses it{seen}: {one_line(own)}")
+                return DatasetError(f"{_name(row, place)}: the model's {who} refuses it{seen}: {one_line(own)}")
         return error
 
     def _process(
@@ -290,13 +294,18 @@ class MultimodalCollator:
 
     def _answers(self, input_ids: Tensor, assistant_mask: Tensor, rows: Sequence[Row]) -> Tensor:
         """`[batch, seq]`, true on the answers and their stop tokens."""
-        special = torch.tensor(sorted(self.tokenizer.added_tokens_decoder), dtype=input_ids.dtype)
-        trained = end_at_stop_token(assistant_mask, torch.isin(input_ids, special))
+        special = torch.isin(input_ids, torch.tensor(sorted(self.tokenizer.added_tokens_decoder), dtype=input_ids.dtype))
+        trained = end_at_stop_token(assistant_mask, special)
         for place, row in enumerate(rows):
             if _spans(trained[place]) < max(_spans(assistant_mask[place].bool()), 1):
                 raise ModelError(
                     f"the chat template of {type(self.processor).__name__} trains no stop token in {_name(row, place + 1)}: "
                     "its {% generation %} block should hold the answer and the token that ends it"
+                )
+            if not bool((trained[place] & ~special[place]).any()):
+                raise ModelError(
+                    f"the chat template of {type(self.processor).__name__} leaves the answers of {_name(row, place + 1)} out: "
+                    "nothing but its stop token would be trained"
                 )
         return trained
 
