@@ -1,7 +1,7 @@
 """Bad input ends in one clear sentence that names the place and what would be right, and nothing is lost.
 
-Every check is asked of the lowest layer that owns it; a few go all the way through `finetune` and the command line.
-What single pictures, row formats and recipes can have wrong stands in test_images, test_messages and test_recipe.
+Every check is asked of the lowest layer that owns it. What single pictures, row formats and recipes can have wrong stands in
+test_images, test_messages and test_recipe; test_corpus sends whole broken inputs through `finetune`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tiny import KINDS, make_processor
 from vlmtune import DatasetError, ModelError, MultimodalCollator, OutputError, RecipeError, VlmtuneError, finetune, load_recipe
 from vlmtune.data import find_bad_rows, load_data
 from vlmtune.merge import merge_adapter
-from vlmtune.model import load_model, load_processor
+from vlmtune.model import load_model
 from vlmtune.output import claim, disk_errors, last_checkpoint
 from vlmtune.recipe import DataSection
 
@@ -315,7 +315,7 @@ def test_a_text_model_given_pictures_says_so(kind: str, part: str) -> None:
         ("a.json", '[{"name": "a"},\n]', "{path} is not JSON: Expecting value at line 2, column 1"),
         ("a.json", '{"name": "a"}', "{path} holds a dict; a list of rows is wanted"),
         ("a.json", "[]", "data source {path} holds no rows"),
-        ("a.csv", "", "data source {path} cannot be read: No columns to parse from file"),
+        ("a.csv", "", "data source {path} holds no rows"),
         ("a.csv", "name,image\n", "data source {path} holds no rows"),
         ("a.parquet", "", "data source {path} cannot be read: Parquet file size is 0 bytes"),
         ("a.parquet", "PAR1 and then nothing", "data source {path} cannot be read: Parquet magic bytes not found in footer."),
@@ -422,13 +422,6 @@ def test_the_first_bad_rows_are_listed_with_their_numbers_and_how_to_go_on(write
     ]
 
 
-def test_where_all_rows_are_bad_nothing_is_dropped_in_silence(recipe: MakeRecipe, write: Write) -> None:
-    source = str(write([{"image": "none.png", "Product Name": "a", "description": "b"}] * 3))
-    told = said(DatasetError, finetune, recipe(**{"data.source": source, "on_bad_row": "drop"}))
-    assert told.startswith("3 of 3 rows cannot be used")
-    assert "row 3 of rows.jsonl: picture" in told
-
-
 def test_rows_of_two_files_of_one_name_are_told_apart(write: Write, tmp_path: Path) -> None:
     train = write([GOOD, {**GOOD, "name": ""}])
     (tmp_path / "other").mkdir()
@@ -472,13 +465,6 @@ def test_a_row_longer_than_the_limit_is_named_with_its_count_and_the_limit() -> 
     )
 
 
-def test_the_limit_is_never_more_than_the_model_has_positions_for(recipe: MakeRecipe, write: Write) -> None:
-    row = {"Product Name": "a", "description": "b" * 3000}
-    told = said(DatasetError, finetune, recipe(**{"data.source": str(write([row])), "data.images": []}))
-    assert "row 1 of rows.jsonl: it has 30" in told
-    assert "tokens and the limit is 2048" in told
-
-
 # ---- a model
 
 
@@ -489,80 +475,12 @@ def changed(checkpoint: Path, tmp_path: Path, change: Callable[[Path], Any]) -> 
     return str(directory)
 
 
-def remove(*names: str) -> Callable[[Path], None]:
-    return lambda directory: [path.unlink() for path in directory.iterdir() if any(n in path.name for n in names)] and None
-
-
 def put(name: str, content: str) -> Callable[[Path], Any]:
     return lambda directory: (directory / name).write_text(content)
 
 
 def halve(name: str) -> Callable[[Path], Any]:
     return lambda directory: (directory / name).write_bytes((directory / name).read_bytes()[:5000])
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        (remove("processor", "token"), "{name} has no usable processor: Can't load image processor for '{name}'."),
-        (remove("processor"), "{name} has no usable processor: Can't load image processor for '{name}'."),
-        (remove("config.json"), "model {name}: no checkpoint to be found in this directory: Unrecognized model in {name}."),
-        (put("config.json", "{"), "model {name}: no checkpoint to be found in this directory: It looks like the config file"),
-        (
-            put("config.json", '{"model_type": "x"}'),
-            "model {name}: no checkpoint to be found in this directory: ",
-        ),
-        (put("tokenizer.json", "{}"), "{name} has no usable processor: "),
-        (put("processor_config.json", "{"), "{name} has no usable processor: It looks like the config file"),
-        (remove("safetensors"), "model {name} cannot be loaded: Error no file named model.safetensors"),
-        (halve("model.safetensors"), "model {name} cannot be loaded: Error while deserializing header"),
-        (put("model.safetensors", ""), "model {name} cannot be loaded: Error while deserializing header"),
-    ],
-    ids=[
-        *("no processor", "no image processor", "no config", "bad config", "unknown type", "empty tokenizer"),
-        *("bad processor", "no weights", "half the weights", "no bytes of weights"),
-    ],
-)
-def test_a_checkpoint_that_is_not_whole_is_named_with_what_it_lacks(
-    recipe: MakeRecipe, checkpoint: Checkpoint, tmp_path: Path, change: Callable[[Path], Any], sentence: str
-) -> None:
-    name = changed(checkpoint("qwen2_vl"), tmp_path, change)
-    told = said(ModelError, load_model, load_recipe(recipe(**{"model.name": name})))
-    assert told.startswith(sentence.replace("{name}", name))
-
-
-def test_weights_of_another_shape_than_the_config_says_are_refused(
-    recipe: MakeRecipe, checkpoint: Checkpoint, tmp_path: Path
-) -> None:
-    def narrow(directory: Path) -> None:
-        config = json.loads((directory / "config.json").read_text())
-        config["text_config"]["intermediate_size"] = 64
-        (directory / "config.json").write_text(json.dumps(config))
-
-    name = changed(checkpoint("qwen2_vl"), tmp_path, narrow)
-    told = said(ModelError, load_model, load_recipe(recipe(**{"model.name": name})))
-    assert told.startswith(f"model {name} cannot be loaded: ")
-
-
-@pytest.mark.parametrize(
-    ("overrides", "kind", "sentence"),
-    [
-        ({"model.family": "qwen2vl"}, ModelError, "family 'qwen2vl' is unknown. Did you mean 'qwen2_vl'?"),
-        ({"model.name": "no/such"}, ModelError, "model no/such: no checkpoint to be found in this hub id or directory: "),
-        ({"model.attention": "fast"}, ModelError, 'cannot be loaded: Specified `attn_implementation="fast"` is not supported'),
-        (
-            {"lora.targets": ["q_prj"]},
-            RecipeError,
-            "`lora.targets` names q_prj, and no linear module of the language part of this qwen2_vl model is called so: "
-            "nothing would be trained. Did you mean 'q_proj'?",
-        ),
-        ({"lora.targets": ["qkv"]}, RecipeError, "`lora.targets` names qkv, and no linear module of the language part"),
-    ],
-)
-def test_a_model_that_cannot_be_made_says_why(
-    recipe: MakeRecipe, overrides: Mapping[str, Any], kind: type[VlmtuneError], sentence: str
-) -> None:
-    assert sentence in said(kind, load_model, load_recipe(recipe(**overrides)))
 
 
 @pytest.mark.parametrize(
@@ -576,26 +494,6 @@ def test_a_processor_whose_template_cannot_tell_answers_is_refused(template: str
     processor = make_processor("qwen2_vl")
     processor.chat_template = template
     assert said(ModelError, MultimodalCollator, processor).startswith(sentence)
-
-
-def test_a_text_model_has_no_vision_to_train(recipe: MakeRecipe) -> None:
-    told = said(RecipeError, load_model, load_recipe(recipe("text", **{"lora.scope": "vision"})))
-    assert told == "`lora.scope` is 'vision', and a text model has no vision tower: use 'language'"
-
-
-def test_a_pixel_setting_that_a_processor_has_not_is_refused(recipe: MakeRecipe) -> None:
-    told = said(RecipeError, load_processor, load_recipe(recipe("mllama", **{"images.max_pixels": 1000})))
-    assert told == "images.min_pixels and images.max_pixels are not settings of mllama's processor: remove them"
-
-
-def test_values_that_only_trl_can_judge_are_refused_in_the_recipe_s_name(recipe: MakeRecipe) -> None:
-    told = said(RecipeError, finetune, recipe(**{"train.lr_scheduler_type": "linar"}))
-    assert told.startswith("`train` section: linar is not a valid SchedulerType, please select one of ['linear', ")
-
-
-def test_an_early_stop_needs_rows_to_look_at(recipe: MakeRecipe) -> None:
-    told = said(RecipeError, finetune, recipe(**{"eval.early_stop_patience": 2}))
-    assert told == "`eval.early_stop_patience` needs held-out rows: set data.eval_fraction, eval_rows or eval_split"
 
 
 # ---- a place to write to
@@ -789,23 +687,13 @@ def test_a_question_without_a_column_of_the_template_is_refused(recipe: MakeReci
 # ---- the command line
 
 
-@pytest.mark.parametrize(
-    ("overrides", "sentence"),
-    [
-        (["lora.rank=8"], "{recipe} has 1 mistake:\n  line 10: `lora.rank` is not a key of a recipe.\n"),
-        (["data.source=none.jsonl"], "data source none.jsonl cannot be read: No such file or directory\n"),
-        (["lora.r"], "override 'lora.r' is not of the form key.path=value\n"),
-    ],
-)
-def test_the_command_line_prints_the_sentence_and_ends_with_code_2(
-    recipe: MakeRecipe, tmp_path: Path, overrides: list[str], sentence: str
-) -> None:
+def test_the_command_line_prints_the_sentence_and_ends_with_code_2(recipe: MakeRecipe, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe()))
     done = subprocess.run(
-        [sys.executable, "-m", "vlmtune.run", str(path), *overrides], capture_output=True, text=True, env=os.environ
+        [sys.executable, "-m", "vlmtune.run", str(path), "lora.rank=8"], capture_output=True, text=True, env=os.environ
     )
     assert done.returncode == 2
-    assert f"error: {sentence}".replace("{recipe}", str(path)) in done.stderr
+    assert f"error: {path} has 1 mistake:\n  line 10: `lora.rank` is not a key of a recipe.\n" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
     assert not (tmp_path / "run").exists()
