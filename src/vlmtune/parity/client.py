@@ -27,8 +27,7 @@ class Server:
     def __init__(self, url: str, model: str | None, served: str, timeout: float) -> None:
         self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
         self._timeout = timeout
-        listed = [entry.get("id") for entry in self._call("/models").get("data", [])]
-        self._model = model or (served if served in listed else None)
+        self._model = model or (served if served in self._listed() else None)
         self._tells_ids = True
 
     def ask(self, sample: Mapping[str, Any], most_tokens: int) -> dict[str, Any]:
@@ -43,6 +42,12 @@ class Server:
             except RefusedError:
                 self._tells_ids = False  # transformers' own refuses fields that it does not know
         return self._call("/chat/completions", body)
+
+    def _listed(self) -> list[str]:
+        try:
+            return [entry["id"] for entry in self._call("/models").get("data", [])]
+        except RefusedError:  # transformers' own lists the hub's cache, and fails where there is none
+            return []
 
     def _call(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         data = json.dumps(body).encode() if body is not None else None
