@@ -17,6 +17,7 @@ def test_the_public_names_are_these() -> None:
         "RecipeError",
         "Run",
         "VlmtuneError",
+        "export_model",
         "finetune",
         "format_messages",
         "load_model",
@@ -41,6 +42,6 @@ def test_messages_recipes_and_plans_bring_no_torch() -> None:
 
 
 def test_the_command_lines_say_how_they_are_used() -> None:
-    for module in ("vlmtune.run", "vlmtune.merge", "vlmtune.plan", "vlmtune.preview", "vlmtune.doctor", "vlmtune"):
-        help_text = subprocess.check_output([sys.executable, "-m", module, "--help"], text=True)
+    for verb in (".run", ".merge", ".export", ".plan", ".preview", ".doctor", ""):
+        help_text = subprocess.check_output([sys.executable, "-m", f"vlmtune{verb}", "--help"], text=True)
         assert "Usage" in help_text

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vlmtune.collator import MultimodalCollator
     from vlmtune.errors import DatasetError, ImageError, ModelError, OutputError, RecipeError, VlmtuneError
+    from vlmtune.export import export_model
     from vlmtune.families import Family
     from vlmtune.merge import merge_adapter
     from vlmtune.messages import format_messages
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 # on CPUs it says at every import that an optional kernel for inference is missing, which training does not use
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# and in int8, at every product, that bfloat16 is multiplied as float16
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 _HOMES = {
     "DatasetError": "errors",
@@ -38,6 +41,7 @@ _HOMES = {
     "RecipeError": "errors",
     "Run": "result",
     "VlmtuneError": "errors",
+    "export_model": "export",
     "finetune": "training",
     "format_messages": "messages",
     "load_model": "model",
@@ -58,6 +62,7 @@ __all__ = [
     "RecipeError",
     "Run",
     "VlmtuneError",
+    "export_model",
     "finetune",
     "format_messages",
     "load_model",

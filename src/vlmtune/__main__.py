@@ -1,6 +1,6 @@
 """`vlmtune run ...`, `vlmtune plan ...`, and so on: the verbs of `python -m vlmtune.<verb>` under one name."""
 
-from vlmtune import doctor, merge, parity, plan, preview, run, serve
+from vlmtune import doctor, export, merge, parity, plan, preview, run, serve
 from vlmtune.console import command_line
 
 
@@ -12,6 +12,7 @@ def main() -> None:
         preview=preview.command,
         doctor=doctor.command,
         merge=merge.command,
+        export=export.command,
         serve=serve.command,
         parity=parity.command,
     )
