@@ -632,6 +632,9 @@ def test_a_disk_that_fills_up_leaves_no_half_merged_model(
     adapter = finetune(recipe(**{"eval.samples": 0})).adapter_dir
     out = small_disk("200k") / "merged"
     told = said(OutputError, merge_adapter, adapter, out)
+    assert told == f"the merged model needs 0.8 MB, and 0.2 MB are free in {out.parent}: make room or name another place"
+    small_disk("824k")
+    told = said(OutputError, merge_adapter, adapter, out)
     assert told == f"the disk is full while writing {out} (0 MiB free): make room and start again"
     assert list(out.parent.iterdir()) == []
     small_disk("20m")
@@ -652,8 +655,8 @@ def test_a_merge_never_deletes_the_base_it_was_asked_to_overwrite(
 @pytest.mark.parametrize(
     ("change", "options", "sentence"),
     [
-        (halve("adapter_model.safetensors"), {}, "the adapter in {run} does not fit its base: "),
-        (put("adapter_config.json", "{"), {}, "the adapter in {run} does not fit its base: "),
+        (halve("adapter_model.safetensors"), {}, "the weights of the adapter in {run} cannot be read: "),
+        (put("adapter_config.json", "{"), {}, "{run} holds no adapter: adapter_config.json cannot be read ("),
         (lambda _: None, {"dtype": "float7"}, "dtype 'float7' is none of bfloat16, float16 and float32"),
     ],
     ids=["half the weights", "broken config", "unknown dtype"],

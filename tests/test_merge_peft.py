@@ -98,9 +98,7 @@ def test_in_float32_the_merged_weights_are_peft_s_bit_by_bit(adapted: Make, tmp_
 
 @pytest.mark.parametrize("kind", [*KINDS, "text"])
 @pytest.mark.parametrize("name", ["lora", "dora", "modules_to_save"])
-def test_in_bfloat16_they_are_peft_s_to_one_unit_in_the_last_place(
-    adapted: Make, tmp_path: Path, kind: str, name: str
-) -> None:
+def test_in_bfloat16_they_are_peft_s_to_one_unit_in_the_last_place(adapted: Make, tmp_path: Path, kind: str, name: str) -> None:
     base, adapter = adapted(kind, ADAPTERS[name], dtype="bfloat16")
     merge_adapter(adapter, tmp_path / "merged", base=str(base))
     expected = merged_by_peft(kind, base, adapter)

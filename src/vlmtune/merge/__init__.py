@@ -72,16 +72,14 @@ def merge_adapter(
     """
     adapter_dir, out_dir = Path(adapter_dir), Path(out_dir)
     if dtype not in (None, *DTYPES):
-        raise ModelError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+        raise ModelError(f"dtype {dtype!r} is none of bfloat16, float16 and float32")
     chosen = DTYPES.get(dtype or "")
     section = _base_section(adapter_dir, base)
     claim(out_dir, overwrite=overwrite)
     adapter = read_adapter(adapter_dir)
     config = load_config(section)
     if getattr(config, "quantization_config", None):
-        raise ModelError(
-            f"the base {section.name} is quantised, which would be merged into: name the one that is not with `base`"
-        )
+        raise ModelError(f"the base {section.name} is quantised: name the one that is not, as `base`")
     found = find_family(family or section.family, config=config)
     processor = read_processor(section, found, adapter_dir if (adapter_dir / "tokenizer_config.json").exists() else None)
     collator = MultimodalCollator(processor, found, train_on_inputs=True)

@@ -23,7 +23,6 @@ from vlmtune.merge.weights import Entry, Stored, write
 from vlmtune.model import parameter_names
 from vlmtune.output import Unfinished
 
-BESIDE = 64 * 10**6  # bytes at most of processor and config
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -128,11 +127,14 @@ def _target(
 
 def _shards(targets: Sequence[Target], limit: int) -> dict[str, list[Target]]:
     """The targets in files of at most `limit` bytes each, one tensor at least."""
-    files: list[list[Target]] = [[]]
+    files: list[list[Target]] = []
+    room = 0
     for target in targets:
-        if files[-1] and sum(t.entry.bytes for t in files[-1]) + target.entry.bytes > limit:
+        if target.entry.bytes > room or not files:
             files.append([])
+            room = limit
         files[-1].append(target)
+        room -= target.entry.bytes
     if len(files) == 1:
         return {SAFE_WEIGHTS_NAME: files[0]}
     return {f"model-{number:05}-of-{len(files):05}.safetensors": file for number, file in enumerate(files, 1)}
@@ -159,10 +161,11 @@ def make_room(layout: Layout, unfinished: Unfinished) -> None:
 
     """
     there = sum(path.stat().st_size for path in unfinished.directory.iterdir() if path.is_file())
-    needed, free = layout.bytes - there + BESIDE, shutil.disk_usage(unfinished.directory).free
+    needed, free = layout.bytes - there, shutil.disk_usage(unfinished.directory).free
+    place = unfinished.directory.parent
     if needed > free:
         raise OutputError(
-            f"the merged model needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free in {unfinished.directory.parent}: "
+            f"the merged model needs {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free in {place}: "
             "make room or name another place"
         )
 
@@ -212,7 +215,8 @@ def _merged(targets: Iterable[Target], adapter: Adapter, largest: dict[str, floa
                 before = after = rows.float()
                 for change in made:
                     after = change(after, first)
-                moved = max(moved, (after - before).abs_().max().item())
+                least, most = torch.aminmax(after - before)
+                moved = max(moved, -least.item(), most.item())
                 yield after.to(target.entry.dtype)
             else:
                 yield rows.to(target.entry.dtype)

@@ -38,8 +38,8 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-BLOCK = 8 * 2**20  # bytes on the disk: large enough for the disk, small enough for the processor's cache
-AHEAD = 4  # blocks that wait to be written
+BLOCK = 2**20  # bytes: what is made of one, in float32 too, stays in the processor's cache
+AHEAD = 32  # blocks that wait to be written
 
 
 @dataclass(frozen=True)
