@@ -697,6 +697,6 @@ def test_the_command_line_prints_the_sentence_and_ends_with_code_2(recipe: MakeR
         [sys.executable, "-m", "vlmtune.run", str(path), "lora.rank=8"], capture_output=True, text=True, env=os.environ
     )
     assert done.returncode == 2
-    assert f"error: {path} has 1 mistake:\n  line 10: `lora.rank` is not a key of a recipe.\n" in done.stderr
+    assert f"error: {path} has 1 mistake:\n  on the command line: `lora.rank` is not a key of a recipe.\n" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
     assert not (tmp_path / "run").exists()

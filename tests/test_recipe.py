@@ -207,9 +207,24 @@ def test_an_override_that_is_not_of_the_form_key_equals_value_is_refused(argumen
         parse_overrides([argument])
 
 
-def test_an_override_of_an_unknown_key_is_named_without_a_line_for_it_stands_in_no_file(write: Write) -> None:
+def test_a_mistake_of_an_override_is_not_blamed_on_a_line_of_the_file(write: Write) -> None:
+    path = write(WHOLE + "lora: {r: 8}\n")
+    assert refusal(path, **{"lora.rnak": 8}) == f"{path} has 1 mistake:\n  override: `lora.rnak` is not a key of a recipe."
+    assert "\n  override: `lora.r` is 'many': input should be" in refusal(path, **{"lora.r": "many"})
+    assert "\n  override: `lora` is 5: a section is wanted" in refusal(path, lora=5)
+    assert "recipe has 1 mistake:\n  override: `lora.r` is 0" in refusal(load_recipe(path), **{"lora.r": 0})
+
+
+def test_a_mistake_of_the_file_keeps_its_line_beside_overrides(write: Write) -> None:
+    path = write("model: {name: m}\ndata: {source: d, eval_fraction: 0.1, eval_rows: 2}\nlora: {rank: 8}\n")
+    told = refusal(path, **{"data.max_rows": 5, "lora.alpha": 4, "lora.dropout": 2})
+    assert [line.strip().partition("`")[0] for line in told.splitlines()[1:]] == ["override: ", "line 2: ", "line 3: "]
+    path = write("model: {name: m}\ndata: {source: d, eval_fraction: 0.1}\n")
+    assert "\n  override: `data` data.eval_fraction and data.eval_rows exclude" in refusal(path, **{"data.eval_rows": 5})
+
+
+def test_an_override_of_an_unknown_key_is_named_with_what_was_meant(write: Write) -> None:
     path = write(WHOLE)
-    assert refusal(path, **{"lora.rnak": 8}) == f"{path} has 1 mistake:\n  `lora.rnak` is not a key of a recipe."
     assert "Did you mean 'max_steps'?" in refusal(path, **{"train.max_step": 8})
     assert "`train_on_inputs` is {'x': 5}" in refusal(path, **{"train_on_inputs.x": 5})
 

@@ -7,6 +7,7 @@ YAML (`1e-4` is a number there, and `${...}` refers to another key), pydantic ch
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_type_hints
@@ -243,7 +244,8 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: An
         overrides: values by dotted key, `load_recipe("r.yaml", **{"train.learning_rate": 1e-4})`.
 
     Raises:
-        RecipeError: lists every mistake with its line in the file and, for a misspelt key, what was probably meant.
+        RecipeError: lists every mistake with its line in the file, or as one of an override, and, for a misspelt key, what was
+            probably meant.
 
     """
     if isinstance(recipe, Recipe):
@@ -254,6 +256,7 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: An
         raise RecipeError(f"a recipe is a file's path, a mapping or a Recipe, not a {type(recipe).__name__}")
     try:
         config = OmegaConf.create(text if text is not None else dict(recipe))  # type: ignore[arg-type]
+        written = OmegaConf.to_container(config)
         for key, value in overrides.items():
             OmegaConf.update(config, key, value, merge=False)
         content = OmegaConf.to_container(config, resolve=True)
@@ -263,10 +266,11 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: An
         key = getattr(error, "full_key", None)
         raise RecipeError(f"{where}: {f'`{key}`: ' if key else ''}{str(error).splitlines()[0]}") from None
     except AssertionError:  # a document that is a number or a date
-        content = None
+        content, written = None, None
     if not isinstance(content, dict):
         raise RecipeError(f"{where} holds no recipe: keys such as `model` and `data` are missing")
-    return _validated(cast("dict[str, Any]", content), where, _key_lines(text) if text is not None else {})
+    lines = _key_lines(text) if text is not None else {}
+    return _validated(cast("dict[str, Any]", content), where, lines, overrides, written)
 
 
 def _with_overrides(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
@@ -280,17 +284,44 @@ def _with_overrides(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
             if not isinstance(inner, dict):
                 raise RecipeError(f"override `{path}`: `{section}` is a value and has no keys")
         inner[key] = value
-    return _validated(content, "recipe", {})
+    return _validated(content, "recipe", {}, overrides, recipe.model_dump())
 
 
-def _validated(content: Mapping[str, Any], where: str, lines: Mapping[Path_, int]) -> Recipe:
+def _validated(
+    content: Mapping[str, Any], where: str, lines: Mapping[Path_, int], overrides: Mapping[str, Any], written: Any
+) -> Recipe:
+    """The recipe of `content`, which is what was `written`, with `overrides`."""
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        mistakes = sorted(dict(_describe(error)).items(), key=lambda mistake: _line(mistake[0], lines) or 0)
-        listed = "".join(f"\n  {_place(path, lines)}{message}" for path, message in mistakes)
+        found = dict(_describe(error))
+        if overrides:  # whose mistakes are they?
+            own = _mistakes(written).items()
+            given = {path: _given(path, overrides) for path, message in found.items() if (path, message) not in own}
+        else:
+            given = dict[Path_, str]()
+        mistakes = sorted(found.items(), key=lambda mistake: 0 if given.get(mistake[0]) else _line(mistake[0], lines) or 0)
+        listed = "".join(f"\n  {given.get(path) or _at(path, lines)}{_key(path)}{message}" for path, message in mistakes)
         count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
         raise RecipeError(f"{where} has {count}:{listed}") from None
+
+
+def _mistakes(content: Any) -> dict[Path_, str]:
+    try:
+        Recipe.model_validate(content)
+    except ValidationError as error:
+        return dict(_describe(error))
+    return {}
+
+
+def _given(path: Path_, overrides: Mapping[str, Any]) -> str:
+    """Where the override of a key, or of one below it, was given: `on the command line: `; nothing where there is none."""
+    for name in overrides:
+        key = tuple(name.split("."))
+        if key == path[: len(key)] or path == key[: len(path)]:
+            typed = any(argument.startswith(f"{name}=") for argument in sys.argv[1:])
+            return "on the command line: " if typed else "override: "
+    return ""
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
@@ -447,6 +478,10 @@ def _line(path: Path_, lines: Mapping[Path_, int]) -> int | None:
     return next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
 
 
-def _place(path: Path_, lines: Mapping[Path_, int]) -> str:
-    line, key = _line(path, lines), ".".join(path)
-    return f"{f'line {line}: ' if line else ''}{f'`{key}` ' if key else ''}"
+def _at(path: Path_, lines: Mapping[Path_, int]) -> str:
+    line = _line(path, lines)
+    return f"line {line}: " if line else ""
+
+
+def _key(path: Path_) -> str:
+    return f"`{'.'.join(path)}` " if path else ""
