@@ -50,7 +50,11 @@ def bar(items: Sequence[T], description: str) -> Iterable[T]:
 
 
 def progress() -> Progress:
-    """A bar with count, elapsed and remaining time; further text comes through the field `text`."""
+    """A bar with count, elapsed and remaining time; further text comes through the field `text`.
+
+    Where the standard output is no terminal it is kept for results, and bars go to the standard error.
+    """
+    seen = console.is_terminal or console.is_jupyter
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -59,7 +63,7 @@ def progress() -> Progress:
         TextColumn("<"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[text]}"),
-        console=console,
+        console=console if seen else Console(stderr=True, quiet=console.quiet),
         disable=console.is_jupyter and find_spec("ipywidgets") is None,  # rich would print a warning for each bar
     )
 
