@@ -123,6 +123,13 @@ def test_overrides_can_be_pasted_into_a_shell():
     assert overrides(plan(overrides={"output": "a b"})) == "'output=a b'"
 
 
+def test_other_cards_are_said_to_be_judged_by_what_the_asked_one_needs():
+    assert "What it takes and costs, estimated\n" in printed(plan())
+    one = forecast(14.0)
+    several = one.model_copy(update={"cards": [*one.cards, one.cards[0].model_copy(update={"card": "A10G"})]})
+    assert "What it takes and costs, estimated; memory: the 14.0 GiB needed on L4\n" in printed(plan(several))
+
+
 def test_show_prints_the_verdict_first(capsys: pytest.CaptureFixture[str]):
     show(plan())
     assert capsys.readouterr().out.startswith("fits: needs 14.0 of 20.0 GiB")

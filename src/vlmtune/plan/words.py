@@ -120,8 +120,9 @@ def expected(plan: Plan) -> list[Sheet]:
         for speed in plan.forecast.cards
     ]
     columns = ("card", "verdict", "spare GiB", "s/step", "rows/s", "tokens/s", "epoch", "run", "cost")
+    beside = f"; memory: the {gib(plan.needed_gib)} GiB needed on {plan.card}" if len(cards) > 1 else ""
     return [
-        Sheet("What it takes and costs, estimated", columns, "llrrrrrrr", cards),
+        Sheet(f"What it takes and costs, estimated{beside}", columns, "llrrrrrrr", cards),
         *([_compared(plan)] if plan.frontier else []),
         *([_measured(plan)] if plan.measured else []),
         Sheet(f"Confidence: {plan.confidence}", ("", ""), "ll", [("·", note) for note in plan.forecast.notes]),
