@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -775,6 +777,29 @@ def test_report_shows_every_check_in_words() -> None:
     report = Report((Finding("loss: first", "warning", "[b] is 9", "look"), Finding("labels: padding", "ok", "fine")))
     assert "2 checks: 1 warning and 0 failures" in str(report)
     assert "[b] is 9" in str(report)
+
+
+def test_report_tells_faults_in_full_and_gives_what_passes_a_line_for_each_group() -> None:
+    fault = Finding("loss: first", "failure", "row 7 has a loss of 9", "look at the tokenizer")
+    hint = Finding("images: duplicates", "warning", "row 2 (as row 1)", "leave it out")
+    passed = [Finding(f"labels: {name}", "ok", "fine") for name in ("padding", "pictures")]
+    report = Report((*passed, hint, Finding("length: tokens", "ok", "at most 86"), fault))
+    file = io.StringIO()
+    Console(width=80, file=file).print(report)
+    assert [line.rstrip() for line in file.getvalue().splitlines()] == [
+        "5 checks: 1 warning and 1 failure",
+        "",
+        "failure  loss: first",
+        "  row 7 has a loss of 9",
+        "  remedy: look at the tokenizer",
+        "",
+        "warning  images: duplicates",
+        "  row 2 (as row 1)",
+        "  remedy: leave it out",
+        "",
+        "ok  labels  padding, pictures",
+        "ok  length  at most 86",
+    ]
 
 
 def test_every_check_has_a_row_on_the_page_about_the_doctor() -> None:

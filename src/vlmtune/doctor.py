@@ -15,6 +15,8 @@ from typing import Annotated, Any
 
 import typer
 from peft import PeftModel
+from rich.console import Group
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -49,7 +51,7 @@ NOT_AT_START = {  # known to whoever wrote the recipe, or told by `finetune` its
 
 @dataclass(frozen=True)
 class Report:
-    """What an examination found; `print` shows it as a table."""
+    """What an examination found; `print` shows what is wrong in full, and of what is right the names."""
 
     findings: tuple[Finding, ...]
 
@@ -70,10 +72,26 @@ class Report:
             console.print(self)
         return captured.get()
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> Group:
         counts = f"{_plural(len(self.warnings), 'warning')} and {_plural(len(self.failures), 'failure')}"
-        title = f"{_plural(len(self.findings), 'check')}: {counts}"
-        table = Table(title=title, title_justify="left", title_style="bold")
+        title = Text(f"{_plural(len(self.findings), 'check')}: {counts}", "bold")
+        return Group(title, *map(_in_full, (*self.failures, *self.warnings)), "", self._passed())
+
+    def _passed(self) -> Table:
+        """A line for each group: what was found where it is one check, else the checks' names."""
+        groups: dict[str, list[Finding]] = {}
+        for finding in self.findings:
+            if finding.verdict == "ok":
+                groups.setdefault(finding.check.partition(":")[0], []).append(finding)
+        table = Table.grid(padding=(0, 2, 0, 0))
+        for group, found in groups.items():
+            told = found[0].found if len(found) == 1 else ", ".join(each.check.partition(": ")[2] for each in found)
+            table.add_row(Text("ok", COLOURS["ok"]), Text(group, "cyan"), Text(told, overflow="fold"))
+        return table
+
+    def table(self) -> Table:
+        """All checks, each with what was found."""
+        table = Table()
         table.add_column("check", style="cyan", overflow="fold", ratio=3)
         table.add_column("verdict", no_wrap=True, width=len("verdict"))
         table.add_column("found", overflow="fold", ratio=6)
@@ -245,6 +263,12 @@ def _report(findings: Sequence[Finding]) -> Report:
     return Report(tuple(sorted(first.values(), key=lambda finding: GROUPS.index(finding.check.partition(":")[0]))))
 
 
+def _in_full(finding: Finding) -> Group:
+    head = Text.assemble((finding.verdict, f"bold {COLOURS[finding.verdict]}"), "  ", (finding.check, "cyan"))
+    lines = (Text(finding.found), Text.assemble(("remedy: ", "dim"), finding.remedy))
+    return Group("", head, *(Padding(line, (0, 0, 0, 2)) for line in lines))
+
+
 def _plural(count: int, word: str) -> str:
     return f"{count} {word}{'s' * (count != 1)}"
 
@@ -253,6 +277,7 @@ def command(
     recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/demo.yaml.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Other values.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one object.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="What was found by every check, in a table.")] = False,
 ) -> None:
     """Examine a run before it begins. Ends with 0, with 1 where a check fails, and with 2 for a mistake in the recipe."""
     console.stderr = as_json  # bars do not stand among the JSON
@@ -261,6 +286,8 @@ def command(
         sys.stdout.write(report.to_json() + "\n")
     else:
         console.print(report)
+        if everything:
+            console.print(report.table())
     if report.exit_code:
         raise typer.Exit(report.exit_code)
 
