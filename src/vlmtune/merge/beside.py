@@ -20,17 +20,18 @@ from vlmtune.merge.stream import Layout, Written
 from vlmtune.model import Processor, read_processor, skeleton
 from vlmtune.output import MARK, write_json
 from vlmtune.recipe import ModelSection
+from vlmtune.serving import carry_serving
 
 MANIFEST = "manifest.json"
 KEPT = ("LICENSE*", "NOTICE*", "USE_POLICY*", "*.py")  # of the base: its terms, and code of its own
-CARRIED = ("recipe.yaml",)  # of the run
 
 
 @dataclass(frozen=True)
 class Beside:
     """The directory of a merged model, but for its weights."""
 
-    directory: Path
+    directory: Path  # unfinished
+    out_dir: Path  # what it is to become
     section: ModelSection
     family: Family
     adapter: Adapter
@@ -52,9 +53,7 @@ class Beside:
         for pattern in KEPT:
             for path in self.base_dir.glob(pattern):
                 shutil.copyfile(path, self.directory / path.name)
-        for name in CARRIED:
-            if (self.adapter.directory / name).exists():
-                shutil.copyfile(self.adapter.directory / name, self.directory / name)
+        carry_serving(self.adapter.directory, self.directory, self.out_dir)
 
     def _generation_config(self, stop_token: int) -> GenerationConfig:
         """The adapter's or the base's, with the stop token that the chat template ends answers with."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -206,20 +207,30 @@ def write_weights(layout: Layout, adapter: Adapter, unfinished: Unfinished) -> W
 
 
 def _merged(targets: Iterable[Target], adapter: Adapter, largest: dict[str, float]) -> Iterator[Tensor]:
-    """The blocks of a file's tensors, changed and rounded once; notes how far each weight moved."""
+    """The blocks of a file's tensors, changed and rounded once; notes how far each weight moved.
+
+    Raises:
+        ModelError: a weight is no number, or too large for its dtype.
+
+    """
     for target in targets:
         made = [change for part in target.parts for change in changes(adapter, part, target.source.shape)]
+        narrowed = target.entry.dtype == torch.float16 and (made or target.source.dtype != torch.float16)
         moved = 0.0
         for first, rows in target.source.blocks():
+            block = rows
             if made:
-                before = after = rows.float()
+                before = block = rows.float()
                 for change in made:
-                    after = change(after, first)
-                least, most = torch.aminmax(after - before)
+                    block = change(block, first)
+                least, most = torch.aminmax(block - before)
+                if not math.isfinite(least) or not math.isfinite(most):
+                    raise ModelError(f"the adapter makes {target.entry.name} something that is no number")
                 moved = max(moved, -least.item(), most.item())
-                yield after.to(target.entry.dtype)
-            else:
-                yield rows.to(target.entry.dtype)
+            block = block.to(target.entry.dtype)
+            if narrowed and not bool(torch.isfinite(block).all()):
+                raise ModelError(f"{target.entry.name} is too large for float16: merge in bfloat16 or float32, with `dtype`")
+            yield block
         if made:
             largest[target.entry.name] = moved
 
