@@ -145,7 +145,7 @@ def anonymous() -> int:
 
 
 def test_a_query_row_is_interleaved_with_its_half() -> None:
-    assert interleaved(torch.arange(4)[:, None], heads=1).flatten().tolist() == [0, 2, 1, 3]
+    assert interleaved(torch.arange(6)[:, None], heads=1).flatten().tolist() == [0, 3, 1, 4, 2, 5]
 
 
 def test_metas_own_arithmetic_on_the_exported_llama_gives_the_models_logits(merged: MakeMerged, tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def metas_llama(weights: dict[str, Tensor], args: dict[str, Any], tokens: Tensor
 
 
 @pytest.mark.parametrize(
-    ("dim", "width"), [(4096, 11008), (4096, 14336), (5120, 13824), (8192, 28672), (2048, 8192), (64, 128), (3200, 8640)]
+    ("dim", "width"), [(4096, 11008), (4096, 14336), (5120, 13824), (8192, 28672), (2048, 8192), (64, 98), (3200, 8640), (2048, 2737)]
 )
 def test_metas_code_computes_the_width_from_params_json(dim: int, width: int) -> None:
     args = params(transformers.LlamaConfig(hidden_size=dim, intermediate_size=width, num_attention_heads=dim // 32))
