@@ -190,7 +190,8 @@ def metas_llama(weights: dict[str, Tensor], args: dict[str, Any], tokens: Tensor
 
 
 @pytest.mark.parametrize(
-    ("dim", "width"), [(4096, 11008), (4096, 14336), (5120, 13824), (8192, 28672), (2048, 8192), (64, 98), (3200, 8640), (2048, 2737)]
+    ("dim", "width"),
+    [(4096, 11008), (4096, 14336), (5120, 13824), (8192, 28672), (2048, 8192), (64, 98), (3200, 8640), (2048, 2737)],
 )
 def test_metas_code_computes_the_width_from_params_json(dim: int, width: int) -> None:
     args = params(transformers.LlamaConfig(hidden_size=dim, intermediate_size=width, num_attention_heads=dim // 32))
