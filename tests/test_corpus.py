@@ -27,6 +27,8 @@ import yaml
 from PIL import Image
 
 from vlmtune import DatasetError, ModelError, OutputError, RecipeError, VlmtuneError, finetune
+from vlmtune.data import load_data
+from vlmtune.recipe import DataSection
 
 SECONDS = 60  # none takes five
 Values = dict[str, Any]
@@ -850,7 +852,7 @@ def broken(recipe: Callable[..., dict[str, Any]], tmp_path: Path) -> Callable[[C
 
 
 def test_the_corpus_has_cases_of_every_kind() -> None:
-    assert len(CORPUS) >= 200
+    assert len(CORPUS) >= 250
     assert len({case.broken for case in CORPUS.values()}) == len(CORPUS)
 
 
@@ -953,3 +955,21 @@ def test_nothing_can_be_resumed_where_there_is_no_checkpoint(recipe: Callable[..
         finetune(recipe(), resume=True)
     assert str(caught.value) == f"there is nothing to resume: {tmp_path}/run holds no whole checkpoint"
     assert not (tmp_path / "run").exists()
+
+
+def test_cells_of_a_table_are_the_texts_that_they_are(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('code,name,note\n007,NA,"a, b\nc"\n1.50,None,\n')
+    rows = load_data(DataSection(source=str(tmp_path / "a.csv"), prompt="{code} {name}", response="{note}")).train
+    assert rows.raw(0) == {"code": "007", "name": "NA", "note": "a, b\nc"}
+    assert rows.raw(1) == {"code": "1.50", "name": "None", "note": None}
+
+
+def test_an_earlier_run_stays_until_nothing_is_left_to_be_refused(
+    recipe: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    for name in (".vlmtune", "adapter_model.safetensors"):
+        (tmp_path / "run" / name).write_text("")
+    with pytest.raises(RecipeError, match="offline mode"):  # the last that can be refused: the trainer says it
+        finetune(recipe(**{"train.push_to_hub": True}), overwrite=True)
+    assert left(tmp_path / "run") == [".vlmtune", "adapter_model.safetensors"]
