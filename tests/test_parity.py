@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import typer
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from PIL import Image
-from servers import running, served
+from servers import calling, running, served, tuned
 from transformers.cli.serve import Serve
 
-from vlmtune import Run, finetune, format_messages, merge_adapter
+from vlmtune import Run, format_messages, merge_adapter
 from vlmtune.errors import ModelError, RecipeError
 from vlmtune.families import find_family
 from vlmtune.images import Shrunk, load_image
@@ -24,34 +24,18 @@ from vlmtune.model import read_processor
 from vlmtune.parity import Parity, command, parity
 from vlmtune.parity.client import as_openai, data_url
 from vlmtune.serve.loading import load_served
-from vlmtune.serving import Template, Token, carry_serving, digest, pixels, read_serving, write_serving
+from vlmtune.serving import Template, Token, digest, pixels, read_serving, write_serving
 
 
 @pytest.fixture(scope="module")
 def run(checkpoint: Callable[[str], Path], colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    recipe: dict[str, Any] = {
-        "model": {"name": str(checkpoint("qwen2_vl")), "quantization": "none", "dtype": "float32"},
-        "data": {"source": str(colours), "prompt": "Colour of {Product Name}?", "response": "{description}"},
-        "lora": {"r": 8, "alpha": 16, "dropout": 0, "targets": "all-linear"},
-        "doctor": False,
-        "eval": {"max_new_tokens": 12},
-        "train": {
-            "output_dir": str(tmp_path_factory.mktemp("parity") / "colours"),
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-2,
-            "max_steps": 60,
-            "report_to": "none",
-            "save_strategy": "no",
-        },
-    }
-    return finetune(recipe)
+    return tuned(checkpoint("qwen2_vl"), colours, tmp_path_factory.mktemp("parity") / "colours", 60)
 
 
 @pytest.fixture(scope="module")
 def merged(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("parity") / "merged"
     merge_adapter(run.adapter_dir, directory)
-    carry_serving(run.adapter_dir, directory, directory)
     return directory
 
 
@@ -156,8 +140,6 @@ def transformers_server() -> Generator[Callable[[Path], str]]:
     started: list[Serve] = []
 
     def start(directory: Path) -> str:
-        import socket
-
         with socket.create_server(("localhost", 0)) as probe:
             port = probe.getsockname()[1]
         server = Serve(str(directory), device="cpu", dtype="float32", port=port, log_level="error", non_blocking=True)
@@ -214,6 +196,13 @@ def test_a_picture_is_sent_as_its_file_and_else_without_loss(tmp_path: Path) -> 
         assert load_image(data_url(source)).tobytes() == load_image(source).tobytes()
         assert data_url(source).startswith("data:image/png;base64,")
     assert data_url("data:image/gif;base64,AA") == "data:image/gif;base64,AA"
+
+
+def test_calls_and_results_are_part_of_the_prompt(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    run = calling(checkpoint("qwen2_vl"), tmp_path)
+    with served(run.adapter_dir) as client:
+        found = parity(str(client.base_url), run.adapter_dir)
+    assert verdicts(found) == {"contract": {"equal"}, "prompt": {"equal"}, "end": {"equal"}}
 
 
 def test_rows_are_as_the_run_had_them(run: Run, url: str, colours: Path, tmp_path: Path) -> None:

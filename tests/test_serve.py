@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,36 +21,18 @@ import torch
 from conftest import COLOURS
 from openai import OpenAI
 from PIL import Image, ImageDraw
-from servers import picture_url, seen_and_asked, served
+from servers import LOOK, RAIN, calling, picture_url, running, seen_and_asked, served, tuned
 from transformers.cli.serving.utils import response_events_to_chunks
 from transformers.utils.chat_parsing import ResponseParser
 
-from vlmtune import Run, finetune, format_messages
+from vlmtune import Run, format_messages
 from vlmtune.errors import ModelError, OutputError
 from vlmtune.evaluation import answers
 from vlmtune.images import load_image
 from vlmtune.serve import Engine, command, serve
-from vlmtune.serve.server import ROUTES, Cut, Reader
+from vlmtune.serve.loading import load_served
+from vlmtune.serve.server import ROUTES, Cut, Reader, build_app
 
-# Qwen's way of writing turns and calls, in few words: what is trained here in seconds is one conversation
-CALLING = """\
-{%- if tools %}{{ '<|im_start|>system\\n' ~ (tools | tojson) ~ '<|im_end|>\\n' }}{% endif %}
-{%- for message in messages %}
-    {{- '<|im_start|>' ~ message.role ~ '\\n' }}
-    {%- if message.role == 'assistant' %}
-        {%- generation %}
-            {%- for part in message.content %}{{ part.text }}{% endfor %}
-            {%- for call in message.tool_calls %}
-                {{- '<tool_call>' ~ (call.function | tojson) ~ '</tool_call>' }}
-            {%- endfor %}
-            {{- '<|im_end|>' }}
-        {%- endgeneration %}
-    {%- else %}
-        {%- for part in message.content %}{{ part.text }}{% endfor %}{{ '<|im_end|>' }}
-    {%- endif %}
-    {{- '\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 MakeRun = Callable[..., Run]
 
 
@@ -57,27 +41,8 @@ def make_run(checkpoint: Callable[[str], Path], colours: Path, tmp_path_factory:
     """`make_run("mllama", steps=2)`: a run on the colours."""
 
     def make(kind: str = "qwen2_vl", steps: int = 2, **changes: Any) -> Run:
-        recipe: dict[str, Any] = {
-            "model": {"name": str(checkpoint(kind)), "quantization": "none", "dtype": "float32"},
-            "data": {
-                "source": str(colours),
-                "prompt": "Colour of {Product Name}?",
-                "response": "{description}",
-                "images": [] if kind == "text" else "image",
-            },
-            "lora": {"r": 8, "alpha": 16, "dropout": 0, "targets": "all-linear"},
-            "doctor": False,
-            "eval": {"max_new_tokens": 12},
-            "train": {
-                "output_dir": str(tmp_path_factory.mktemp("served") / "colours"),
-                "per_device_train_batch_size": 4,
-                "learning_rate": 1e-2,
-                "max_steps": steps,
-                "report_to": "none",
-                "save_strategy": "no",
-            },
-        }
-        return finetune(recipe, **changes)
+        changes = {**changes, **({"data.images": []} if kind == "text" else {})}
+        return tuned(checkpoint(kind), colours, tmp_path_factory.mktemp("served") / "colours", steps, **changes)
 
     return make
 
@@ -236,28 +201,29 @@ def test_every_family_answers_as_its_run_does(make_run: MakeRun, kind: str, chan
 # ---- tools
 
 
-def test_a_call_comes_as_a_call_and_its_result_goes_back(make_run: MakeRun, tmp_path: Path) -> None:
-    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
-    call = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"at": "sky"}'}}
-    asked, made = {"role": "user", "content": "Rain?"}, {"role": "assistant", "content": None, "tool_calls": [call]}
-    turns = [asked, made, {"role": "tool", "tool_call_id": "c1", "content": "dry"}, {"role": "assistant", "content": "No."}]
-    (tmp_path / "rain.jsonl").write_text(json.dumps({"messages": turns, "tools": [tool]}) + "\n")
-    (tmp_path / "calling.jinja").write_text(CALLING)
-    changes: dict[str, Any] = {"chat_template": str(tmp_path / "calling.jinja"), "eval.max_new_tokens": 80}
-    changes |= {"data": {"source": str(tmp_path / "rain.jsonl")}, "train.per_device_train_batch_size": 1, "lora.r": 32}
-    run = make_run(steps=100, **changes)
-    with served(run.adapter_dir) as client:
-        choice = ask(client, asked, tools=[tool])
+def test_a_call_comes_as_a_call_and_its_result_goes_back(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    asked = RAIN[0]
+    with served(calling(checkpoint("qwen2_vl"), tmp_path).adapter_dir) as client:
+
+        def create(*messages: Any, **options: Any) -> Any:
+            return client.chat.completions.create(model="rain", messages=messages, tools=[LOOK], **options)
+
+        choice = create(asked).choices[0]
         assert choice.finish_reason == "tool_calls"
         assert choice.message.content is None
         (found,) = choice.message.tool_calls
         assert (found.function.name, json.loads(found.function.arguments)) == ("look", {"at": "sky"})
-        chunks = list(client.chat.completions.create(model="colours", messages=[asked], tools=[tool], stream=True))
+        chunks = list(create(asked, stream=True, tool_choice="required"))
         (streamed,) = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
         assert streamed.function.model_dump() == found.function.model_dump()
         assert chunks[-1].choices[0].finish_reason == "tool_calls"
         history = [asked, choice.message.model_dump(), {"role": "tool", "tool_call_id": found.id, "content": "dry"}]
-        assert ask(client, *history, tools=[tool]).message.content == "No."
+        assert create(*history).choices[0].message.content == "No."
+        with pytest.raises(openai.UnprocessableEntityError, match="asks for a tool, and the model did not call it"):
+            create(*history, tool_choice="required")
+        other = {"type": "function", "function": {"name": "listen"}}
+        with pytest.raises(openai.APIError, match="asks for 'listen', and the model did not call it"):
+            list(create(asked, tool_choice=other, stream=True))
 
 
 @pytest.mark.parametrize(
@@ -338,7 +304,7 @@ def body(*messages: Any, **fields: Any) -> dict[str, Any]:
         (body(logprobs=True), "`logprobs` is True"),
         (body(frequency_penalty=1), "`frequency_penalty` is 1"),
         (body(response_format={"type": "json_object"}), "`response_format` is 'json_object'"),
-        (body(tool_choice="required"), "`tool_choice` is 'required'"),
+        (body(tool_choice="must"), "`tool_choice` is 'must'"),
         (body(seed="x"), "`seed` is 'x'"),
         (body(stream="yes"), "`stream` is 'yes'"),
         (body(temprature=0), "`temprature` is not known here. Did you mean 'temperature'?"),
@@ -394,13 +360,6 @@ def test_clients_know_the_errors_as_openais_own(client: OpenAI) -> None:
 
 
 def test_a_model_that_fails_is_an_error_of_the_server(run: Run) -> None:
-    from dataclasses import replace
-
-    from servers import running
-
-    from vlmtune.serve.loading import load_served
-    from vlmtune.serve.server import build_app
-
     loaded = load_served(run.adapter_dir)
     broken = replace(loaded, contract=loaded.contract.model_copy(update={"context": None}))
     with running(build_app(broken)) as url:
@@ -416,8 +375,6 @@ def test_a_model_that_fails_is_an_error_of_the_server(run: Run) -> None:
 
 
 def test_a_directory_that_is_no_longer_as_trained_is_refused(run: Run, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(run.adapter_dir, copy)
     (copy / "chat_template.jinja").write_text((copy / "chat_template.jinja").read_text() + " ")

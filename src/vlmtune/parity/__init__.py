@@ -141,7 +141,6 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one object.")] = False,
 ) -> None:
     """Prove that a server asks a tuned model as it was trained. Ends with 0 if it does, with 1 if not."""
-    console.stderr = as_json  # bars, beside the object
     given = parse_overrides(overrides or [])
     found = parity(url, directory, rows=rows, recipe=recipe, model=model, timeout=timeout, **given)
     if as_json:

@@ -40,6 +40,15 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
+class Named(BaseModel):
+    name: str
+
+
+class NamedTool(BaseModel):
+    type: Literal["function"]
+    function: Named
+
+
 class ResponseFormat(BaseModel):
     type: Literal["text"]  # JSON by a schema would need constrained decoding
 
@@ -52,7 +61,7 @@ class ChatRequest(BaseModel):
     messages: list[dict[str, Any]] = Field(min_length=1)
     model: str | None = None
     tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(default=None, ge=0, le=2)
@@ -97,6 +106,20 @@ class ChatRequest(BaseModel):
     def calls(self) -> list[dict[str, Any]] | None:
         """The tools that may be called."""
         return self.tools if self.tools and self.tool_choice != "none" else None
+
+    def check_calls(self, names: Sequence[str]) -> None:
+        """Sees to it that a call was made where the request insists on one: nothing makes the model do so.
+
+        Raises:
+            RequestError: there is none, or another.
+
+        """
+        wanted = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+        if (self.tool_choice == "required" and not names) or (wanted is not None and wanted not in names):
+            asked = f"{wanted!r}" if wanted is not None else "a tool"
+            raise RequestError(
+                f"`tool_choice` asks for {asked}, and the model did not call it.", field="tool_choice", status=422
+            )
 
 
 def read_request(body: Mapping[str, Any], *, served: str) -> ChatRequest:

@@ -257,6 +257,7 @@ class Chat(ChatCompletionHandler):
         reasoning = "".join(item for item in found if isinstance(item, ReasoningText))
         text = "".join(item for item in found if not isinstance(item, ReasoningText | ToolCall))
         made = [item for item in found if isinstance(item, ToolCall)]
+        asked.check_calls([call.name for call in made])
         answer = self._build_completion(
             request_id,
             text or None if made else text,  # pyright: ignore[reportArgumentType]
@@ -275,22 +276,24 @@ class Chat(ChatCompletionHandler):
     async def _chunks(
         self, asked: ChatRequest, items: AsyncGenerator[Any], watch: Watch, length: int, request_id: str
     ) -> AsyncGenerator[str]:
-        model, calls = self._contract.name, 0
+        model = self._contract.name
+        made: list[str] = []  # names of the tools that were called
         yield self._build_chunk_sse(request_id, role="assistant", content="", model=model)
         try:
             async for item in items:
                 if isinstance(item, ToolCall):
-                    call = {"index": calls, **_call(item, calls, request_id)}
-                    calls += 1
+                    call = {"index": len(made), **_call(item, len(made), request_id)}
+                    made.append(item.name)
                     yield self._build_chunk_sse(request_id, tool_calls=[call], model=model)
                 elif isinstance(item, ReasoningText):
                     yield self._build_chunk_sse(request_id, reasoning_content=item, model=model)
                 elif item:
                     yield self._build_chunk_sse(request_id, content=item, model=model)
+            asked.check_calls(made)
         except RequestError as error:
             yield f"data: {json.dumps(_body(error))}\n\n"
             return
-        yield self._build_chunk_sse(request_id, finish_reason=self._finish_reason(watch, called=calls > 0), model=model)
+        yield self._build_chunk_sse(request_id, finish_reason=self._finish_reason(watch, called=bool(made)), model=model)
         if asked.stream_options is not None and asked.stream_options.include_usage:
             head = {"id": request_id, "object": "chat.completion.chunk", "created": int(time.time()), "model": model}
             yield f"data: {json.dumps({**head, 'choices': [], 'usage': _usage(length, watch).model_dump()})}\n\n"
