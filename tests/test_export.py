@@ -38,7 +38,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 sys.path.insert(0, "tests")
-from vlmtune.export.quantised import probe
+from vlmtune.evaluation import probe
 for directory in sys.argv[1:]:
     sees = "vision_config" in json.load(open(directory + "/config.json"))
     model = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(directory)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from PIL import Image
 from rich.table import Table
@@ -93,6 +94,14 @@ def blanked(sample: Sample) -> dict[str, Any]:
         **sample,
         "messages": [{**m, "content": [blank(part) for part in m["content"]]} for m in sample["messages"]],
     }
+
+
+def probe(*, pictures: bool) -> dict[str, Any]:
+    """A question with a picture of noise, and an answer: text and eyes both take part."""
+    noise = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    picture = [{"type": "image", "image": Image.fromarray(noise.numpy())}] if pictures else []
+    question = {"role": "user", "content": [*picture, {"type": "text", "text": "What is this?"}]}
+    return {"messages": [question, {"role": "assistant", "content": [{"type": "text", "text": "A probe."}]}]}
 
 
 @dataclass(frozen=True)

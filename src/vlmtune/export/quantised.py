@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from vlmtune.collator import MultimodalCollator
 from vlmtune.console import progress
 from vlmtune.data import load_data, spread
 from vlmtune.errors import ModelError
+from vlmtune.evaluation import probe
 from vlmtune.export.merged import Merged
 from vlmtune.model import (
     device,
@@ -117,11 +117,3 @@ def _samples(merged: Merged, count: int) -> tuple[list[Sample], str | None]:
     rows = split.held_out or split.train
     found = spread(rows, count)
     return found, f"{len(found)} {'held-out' if split.held_out else 'training'} rows of {rows.source}"
-
-
-def probe(*, pictures: bool) -> Sample:
-    """A question with a picture of noise, and an answer: text and eyes both take part."""
-    noise = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    picture = [{"type": "image", "image": Image.fromarray(noise.numpy())}] if pictures else []
-    question = {"role": "user", "content": [*picture, {"type": "text", "text": "What is this?"}]}
-    return {"messages": [question, {"role": "assistant", "content": [{"type": "text", "text": "A probe."}]}]}

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model, set_peft_model_state_dict
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vlmtune.collator import MultimodalCollator
 from vlmtune.console import bar
 from vlmtune.errors import ModelError, one_line
+from vlmtune.evaluation import probe
 from vlmtune.merge.adapter import Adapter, Part
 from vlmtune.merge.stream import Layout, Target
 from vlmtune.merge.weights import CODES, stored
@@ -179,7 +179,9 @@ def check_answers(
         ModelError: they differ by more than rounding explains.
 
     """
-    batch, family = _probe(collator), collator.family
+    family = collator.family
+    batch = collator([probe(pictures=family.takes_images)])
+    del batch["labels"]
     base = read_model(section, family, dtype=dtype or "auto", device_map="cpu").eval()
     kept = base.dtype
     with old_names_allowed():
@@ -195,16 +197,6 @@ def check_answers(
             f"{allowed:.3g} is what rounding to {kept} explains; nothing was written"
         )
     return difference
-
-
-def _probe(collator: MultimodalCollator) -> dict[str, Tensor]:
-    """A question with a picture of noise: text and eyes both take part."""
-    noise = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    picture = [{"type": "image", "image": Image.fromarray(noise.numpy())}] if collator.family.takes_images else []
-    question = {"role": "user", "content": [*picture, {"type": "text", "text": "What is this?"}]}
-    answer = {"role": "assistant", "content": [{"type": "text", "text": "A probe."}]}
-    batch = collator([{"messages": [question, answer]}])
-    return {name: values for name, values in batch.items() if name != "labels"}
 
 
 def _logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
