@@ -21,6 +21,7 @@ import torch
 from conftest import COLOURS
 from openai import OpenAI
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
 from servers import LOOK, RAIN, calling, picture_url, running, seen_and_asked, served, tuned
 from transformers.cli.serving.utils import response_events_to_chunks
 from transformers.utils.chat_parsing import ResponseParser
@@ -231,7 +232,10 @@ def test_a_call_comes_as_a_call_and_its_result_goes_back(checkpoint: Callable[[s
     [
         (["Hi", " there", "<|im_end|>"], ["Hi", " there"]),
         (['<tool_call>{"name": "f", "arguments": {}}</tool_call>', "<|im_end|>"], ["f"]),
-        (["Hi ", "<tool_call>", "{no json}", "</tool_call>", " there"], ["Hi", " <tool_call>{no json}</tool_call>", " there"]),
+        (
+            ["Hi ", "<tool_call>", "{no json}", "</tool_call>", " there", "<|im_end|>"],
+            ["Hi", " <tool_call>{no json}</tool_call>", " there"],
+        ),
         (['<tool_call>{"name": "f"', ""], ['<tool_call>{"name": "f"']),
         (['<tool_call>{"no": "name"}</tool_call>'], ['<tool_call>{"no": "name"}</tool_call>']),
     ],
@@ -240,7 +244,7 @@ def test_what_is_no_call_after_all_is_text(pieces: list[str], shown: list[str]) 
     from transformers.cli.serving.utils import _RESPONSE_TEMPLATE_FALLBACKS
 
     template = next(value for kinds, value in _RESPONSE_TEMPLATE_FALLBACKS.items() if "qwen2_vl" in kinds)
-    reader = Reader(ResponseParser(template, prefix="<|im_start|>assistant\n"))
+    reader = Reader(ResponseParser(template, prefix="<|im_start|>assistant\n"), ["<|im_end|>"])
     events = [event for piece in pieces for event in reader.feed(piece)] + reader.finalize()[1]
     items = response_events_to_chunks(events)
     assert "".join(getattr(item, "name", item) for item in items).replace(" ", "") == "".join(shown).replace(" ", "")
@@ -380,6 +384,21 @@ def test_a_directory_that_is_no_longer_as_trained_is_refused(run: Run, tmp_path:
     (copy / "chat_template.jinja").write_text((copy / "chat_template.jinja").read_text() + " ")
     with pytest.raises(ModelError, match=r"is not as it was trained: chat_template\.jinja is another chat template"):
         serve(copy, port=0)
+
+
+def test_a_base_that_has_moved_is_named_and_another_one_refused(
+    run: Run, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(checkpoint("qwen2_vl"), tmp_path / "moved")
+    assert load_served(run.adapter_dir, base=str(tmp_path / "moved")).contract.model.name == str(tmp_path / "moved")
+    with pytest.raises(ModelError, match="gone cannot be loaded"):
+        load_served(run.adapter_dir, base=str(tmp_path / "gone"))
+    shutil.copytree(run.adapter_dir, tmp_path / "copy")
+    path = tmp_path / "copy" / "adapter_model.safetensors"
+    saved = {name.replace("layers.1", "layers.7"): values for name, values in load_file(path).items()}
+    save_file(saved, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"14 of 28 tensors of the adapter in .* match no module of .*layers\.7"):
+        load_served(tmp_path / "copy")
 
 
 def test_what_is_missing_is_said_in_a_sentence(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,8 +125,12 @@ def carry_serving(adapter_dir: Path, partial: Path, directory: Path) -> None:
         write_serving(partial, merged, directory)
 
 
-def read_serving(directory: Path) -> Serving:
+def read_serving(directory: Path, *, base: str | None = None) -> Serving:
     """The contract in a directory.
+
+    Args:
+        directory: a run's, or a merged model's.
+        base: hub id or directory of the base, if it is no longer where it was trained.
 
     Raises:
         ModelError: there is none, or it cannot be read.
@@ -134,7 +138,7 @@ def read_serving(directory: Path) -> Serving:
     """
     path = directory / FILE
     try:
-        return Serving.model_validate_json(path.read_text(encoding="utf-8"))
+        found = Serving.model_validate_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         what = f"{directory} has no {FILE}" if directory.is_dir() else f"there is no directory {directory}"
         raise ModelError(f"{what}: name a run's directory or a merged model, as finetune and merge write them") from None
@@ -144,6 +148,9 @@ def read_serving(directory: Path) -> Serving:
         place = ".".join(map(str, error.errors()[0]["loc"]))
         reason = f"`{place}`: {error.errors()[0]['msg'].lower()}" if place else error.errors()[0]["msg"].lower()
         raise ModelError(f"{path} is no contract of this version of vlmtune: {reason}") from None
+    if base is None:
+        return found
+    return found.model_copy(update={"model": found.model.model_copy(update={"name": base, "revision": None})})
 
 
 def faults(found: Serving, directory: Path, processor: Any) -> list[str]:

@@ -30,13 +30,22 @@ class Engine(StrEnum):
     vllm = "vllm"
 
 
-def serve(directory: Path, *, host: str = "localhost", port: int = 8000, from_web: bool = False, use_cpu: bool = False) -> None:
+def serve(
+    directory: Path,
+    *,
+    host: str = "localhost",
+    port: int = 8000,
+    base: str | None = None,
+    from_web: bool = False,
+    use_cpu: bool = False,
+) -> None:
     """Serves a run's directory or a merged model with transformers' own server, until it is interrupted.
 
     Args:
         directory: with a `serving.json`.
         host: to listen on; "0.0.0.0" is the whole network.
         port: to listen on; 0 takes a free one.
+        base: hub id or directory of an adapter's base, if it has moved.
         from_web: fetch pictures that a request names by address; else they come as data URLs.
         use_cpu: leave a GPU alone.
 
@@ -45,7 +54,7 @@ def serve(directory: Path, *, host: str = "localhost", port: int = 8000, from_we
         OutputError: the port is taken.
 
     """
-    found = read_serving(directory)
+    read_serving(directory)  # a mistake is found before torch's models are imported
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise ModelError(f"serving needs {', '.join(missing)}: pip install 'vlmtune[serving]'")
     listening = _listen(host, port)
@@ -54,9 +63,9 @@ def serve(directory: Path, *, host: str = "localhost", port: int = 8000, from_we
     from vlmtune.serve.loading import load_served
     from vlmtune.serve.server import build_app
 
-    served = load_served(directory, use_cpu=use_cpu)
+    served = load_served(directory, base=base, use_cpu=use_cpu)
     url = f"http://{host}:{listening.getsockname()[1]}/v1"
-    decisions("Served", {**in_words(found), "device": served.model.device, "server": "transformers", "URL": url})
+    decisions("Served", {**in_words(served.contract), "device": served.model.device, "server": "transformers", "URL": url})
     uvicorn.Server(uvicorn.Config(build_app(served, from_web=from_web), log_level="warning")).run(sockets=[listening])
 
 
@@ -100,13 +109,14 @@ def command(
     engine: Annotated[Engine, typer.Option(help="auto is vLLM where it is installed, else transformers.")] = Engine.auto,
     host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 is the whole network.")] = "localhost",
     port: Annotated[int, typer.Option(help="Where to listen; 0 takes a free one.")] = 8000,
+    base: Annotated[str | None, typer.Option(help="Hub id or directory of an adapter's base, if it has moved.")] = None,
     fetch: Annotated[bool, typer.Option("--fetch", help="Fetch pictures that a request names by address.")] = False,
     cpu: Annotated[bool, typer.Option("--cpu", help="Leave a GPU alone.")] = False,
 ) -> None:
     """Serve a tuned model behind OpenAI's interface, with the template, pixels and stop tokens that it was trained with."""
     if engine is Engine.vllm or (engine is Engine.auto and shutil.which("vllm") is not None and not cpu):
-        _start_vllm(directory, read_serving(directory), ["--host", host, "--port", str(port), *(options or [])])
+        _start_vllm(directory, read_serving(directory, base=base), ["--host", host, "--port", str(port), *(options or [])])
     elif options:
         raise ModelError(f"{shlex.join(options)}: options after -- are vLLM's, and the server is transformers'")
     else:
-        serve(directory, host=host, port=port, from_web=fetch, use_cpu=cpu)
+        serve(directory, host=host, port=port, base=base, from_web=fetch, use_cpu=cpu)

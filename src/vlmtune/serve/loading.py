@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from vlmtune.collator import MultimodalCollator
 from vlmtune.errors import ModelError, one_line
@@ -26,14 +28,19 @@ class Served:
     collator: MultimodalCollator
 
 
-def load_served(directory: Path, *, use_cpu: bool = False) -> Served:
+def load_served(directory: Path, *, base: str | None = None, use_cpu: bool = False) -> Served:
     """The model of a run's directory or of a merged one, in the dtype and quantisation that it was trained in.
+
+    Args:
+        directory: with a contract.
+        base: hub id or directory of an adapter's base, if it is no longer where it was trained.
+        use_cpu: leave a GPU alone.
 
     Raises:
         ModelError: no contract, files that do not keep it, or a model that cannot be loaded.
 
     """
-    found = read_serving(directory)
+    found = read_serving(directory, base=base)
     family = find_family(found.model.family)
     processor = read_processor(found.model, family, directory)
     if wrong := faults(found, directory, processor):
@@ -48,8 +55,15 @@ def _with_adapter(found: Serving, directory: Path, family: Family, *, use_cpu: b
     try:
         with old_names_allowed():
             model = PeftModel.from_pretrained(base, str(directory))
+        saved = load_file(directory / "adapter_model.safetensors")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the adapter in {directory} cannot be loaded: {one_line(error)}") from error
+    there = get_peft_model_state_dict(model)
+    if astray := [name for name in saved if name not in there]:  # peft only warns
+        raise ModelError(
+            f"{len(astray)} of {len(saved)} tensors of the adapter in {directory} match no module of {found.model.name}, the "
+            f"first is {astray[0]}: it was trained on another model or with another version of transformers"
+        )
     keep_training_layout(model)
     return model.eval()
 

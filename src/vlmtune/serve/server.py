@@ -141,9 +141,9 @@ class Cut:
 class Reader:
     """Their parser of calls and reasoning. What it cannot read is text, and no reason to lose an answer."""
 
-    def __init__(self, parser: ResponseParser) -> None:
+    def __init__(self, parser: ResponseParser, special: Sequence[str]) -> None:
         self.initial_events = parser.initial_events
-        self._parser, self._unread, self._failed = parser, "", False
+        self._parser, self._special, self._unread, self._failed = parser, special, "", False
 
     def feed(self, text: str) -> list[dict[str, Any]]:
         return self._events(text)
@@ -161,6 +161,8 @@ class Reader:
             shown = response_events_to_chunks(events)
         except (ValueError, KeyError, TypeError, RuntimeError):
             self._failed = True
+            for word in self._special:
+                self._unread = self._unread.replace(word, "")
             events = shown = [{"type": "region_chunk", "field": "content", "text": self._unread}]
         self._unread = "" if shown else self._unread
         return events
@@ -248,7 +250,9 @@ class Chat(ChatCompletionHandler):
         trained, tools = self._served.collator.chat_template, asked.calls
         if template is None or not ("tool_calls" in trained or "reasoning_content" in trained):
             return None
-        return Reader(ResponseParser(template, prefix=self._tokenizer.decode(input_ids[0]), tools=[*tools] if tools else None))
+        prefix = self._tokenizer.decode(input_ids[0])
+        parser = ResponseParser(template, prefix=prefix, tools=[*tools] if tools else None)
+        return Reader(parser, self._tokenizer.all_special_tokens)
 
     async def _whole(
         self, asked: ChatRequest, items: AsyncGenerator[Any], watch: Watch, batch: dict[str, Tensor], request_id: str
