@@ -718,6 +718,13 @@ def test_at_start_leaves_a_healthy_run_as_it_is(admitted: Admit, capsys: pytest.
     assert capsys.readouterr().out == ""
 
 
+def test_at_start_takes_eight_passes_through_the_model_of_which_one_goes_back(admitted: Admit) -> None:
+    patient, kept = admitted("pixtral"), list[bool]()
+    patient.model.register_forward_hook(lambda model, inputs, output: kept.append(output.loss.requires_grad))
+    at_start(patient.recipe, patient.collator, patient.split, patient.model)
+    assert (len(kept), sum(kept)) == (8, 1)
+
+
 def test_at_start_warns(admitted: Admit, capsys: pytest.CaptureFixture[str]) -> None:
     patient = admitted("mllama")
     close_gates(patient)

@@ -135,6 +135,7 @@ class Patient:
     machine: Machine = field(default_factory=Machine)
     few: int = 4
     most: int = 10**9
+    losses: dict[str, float] = field(default_factory=dict[str, float], init=False, repr=False)  # name of a row → as it is
 
     @property
     def model(self) -> PeftModel:

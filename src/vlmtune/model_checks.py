@@ -158,7 +158,7 @@ def looks(patient: Patient, *, trained: bool = False) -> Finding:
     rows = patient.seeing_rows[: patient.few]
     if not rows:
         return ok("no row that is looked at has a picture")
-    true = [_loss(patient, row) for row in rows]
+    true = [_true_loss(patient, row) for row in rows]
     blank = [_loss(patient, blanked(row)) for row in rows]
     swapped = [_loss(patient, _with_pictures_of(row, _another(patient, row))) for row in rows]
     told = (
@@ -185,7 +185,7 @@ def looks_when_trained(patient: Patient) -> Finding:
 def first_loss(patient: Patient) -> Finding:
     """Worse than guessing is a sign of another tokenizer, template or damaged weights."""
     rows = _trained_rows(patient)[: patient.few]
-    losses = {str(row["name"]): _loss(patient, row) for row in rows}
+    losses = {str(row["name"]): _true_loss(patient, row) for row in rows}
     if not losses:
         return ok("no row that is looked at is trained")
     broken = [name for name, loss in losses.items() if not math.isfinite(loss)]
@@ -203,8 +203,8 @@ def first_loss(patient: Patient) -> Finding:
 
 
 def same_as_base(patient: Patient) -> Finding:
-    row = _example(patient)
-    tuned, base = _loss(patient, row), _loss(patient, row, adapter=False)
+    row = _short(patient)
+    tuned, base = _true_loss(patient, row), _loss(patient, row, adapter=False)
     rounding = (SAME if patient.model.dtype == torch.float32 else ROUNDED) * max(abs(tuned), abs(base))
     if abs(tuned - base) > rounding:
         return failure(
@@ -263,13 +263,17 @@ def _trained_rows(patient: Patient) -> list[Row]:
     return [each.row for each in sorted(patient.encoded, key=lambda each: len(each.ids)) if bool(each.trained.any())]
 
 
-def _example(patient: Patient) -> Row:
-    """A short row, with a picture where there are any; shaded, because attention learns nothing from patches of one colour."""
+def _short(patient: Patient) -> Row:
+    """A short row, with a picture where there are any."""
     rows = _trained_rows(patient)
     if not rows:
         raise DatasetError("no row that is looked at has a trained token, so that nothing can be learnt from it")
-    row = next((row for row in rows if pictures(row)), rows[0])
-    return _redrawn(row, lambda size: Image.radial_gradient("L").resize(size).convert("RGB"))
+    return next((row for row in rows if pictures(row)), rows[0])
+
+
+def _example(patient: Patient) -> Row:
+    """A short row, its pictures shaded, because attention learns nothing from patches of one colour."""
+    return _redrawn(_short(patient), lambda size: Image.radial_gradient("L").resize(size).convert("RGB"))
 
 
 def _another(patient: Patient, row: Row) -> Row:
@@ -281,6 +285,14 @@ def _another(patient: Patient, row: Row) -> Row:
 
 def _inputs(patient: Patient, row: Row) -> dict[str, Any]:
     return patient.collator.family.model_inputs(on_device(patient.batch([row]), patient.model))
+
+
+def _true_loss(patient: Patient, row: Row) -> float:
+    """Of a row as it is, with the adapter as it is: several checks ask, and a pass takes time."""
+    name = str(row["name"])
+    if name not in patient.losses:
+        patient.losses[name] = _loss(patient, row)
+    return patient.losses[name]
 
 
 def _loss(patient: Patient, row: Row, *, adapter: bool = True) -> float:
