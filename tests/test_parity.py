@@ -69,6 +69,18 @@ def test_so_is_that_of_the_merged_model(merged: Path) -> None:
         assert verdicts(parity(str(client.base_url), merged)) == EQUAL
 
 
+@pytest.mark.parametrize("kind", ["mllama", "pixtral", "text"])
+def test_prompts_and_pixels_of_every_family_are_compared(
+    checkpoint: Callable[[str], Path], colours: Path, tmp_path: Path, kind: str
+) -> None:
+    changes = {"data.images": []} if kind == "text" else {}
+    run = tuned(checkpoint(kind), colours, tmp_path / kind, 1, **changes)
+    with served(run.adapter_dir) as client:
+        found = verdicts(parity(str(client.base_url), run.adapter_dir, rows=3))
+    assert found["contract"] == found["prompt"] == {"equal"}
+    assert found.get("pictures", {"none"}) == ({"none"} if kind == "text" else {"equal"})
+
+
 # ---- broken
 
 

@@ -42,6 +42,6 @@ def test_messages_recipes_and_plans_bring_no_torch() -> None:
 
 
 def test_the_command_lines_say_how_they_are_used() -> None:
-    for verb in (".run", ".merge", ".export", ".plan", ".preview", ".doctor", ""):
+    for verb in (".run", ".merge", ".export", ".plan", ".preview", ".doctor", ".serve", ".parity", ""):
         help_text = subprocess.check_output([sys.executable, "-m", f"vlmtune{verb}", "--help"], text=True)
         assert "Usage" in help_text

@@ -94,7 +94,7 @@ class Answering:
         return getattr(self._model, name)
 
     def generate(self, *, seed: int | None = None, **options: Any) -> Tensor:
-        """Called in the thread that generates: autocast and random numbers are a thread's own, or of one at a time."""
+        """Called in the thread that generates: autocast is a thread's own, and a seed holds for one answer at a time."""
         if seed is not None:
             torch.manual_seed(seed)
         with evaluating(self._model):
@@ -175,9 +175,8 @@ class Chat(ChatCompletionHandler):
         super().__init__(manager, state)
         self._served, self._contract, self._from_web = served, served.contract, from_web
         self._model = Answering(served.model)
-        # the thread that reads pads with one copy of the tokenizer, while the thread that generates decodes with the other
-        self._tokenizer = copy.deepcopy(served.collator.tokenizer)
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="reader")
+        self._tokenizer = served.collator.tokenizer
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="reader")  # two would set one tokenizer's padding at once
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> StreamingResponse | JSONResponse:
         asked = read_request(body, served=self._contract.name)
