@@ -14,7 +14,8 @@ import pytest
 from real_vocab import cache_directory, made_once
 from servers import calling, picture_url, seen_and_asked, served
 
-from vlmtune import Run, finetune
+from vlmtune import Run, finetune, format_messages
+from vlmtune.evaluation import answers
 from vlmtune.parity import parity
 
 pytestmark = pytest.mark.slow
@@ -71,6 +72,26 @@ def test_fifty_clients_of_the_demo_get_each_its_answer(run: Run) -> None:
         with ThreadPoolExecutor(50) as threads:
             assert list(threads.map(answer, asked)) == expected
         assert not parity(str(client.base_url), run.adapter_dir).broken
+
+
+def test_the_openai_client_streams_stops_and_takes_turns(run: Run) -> None:
+    (row, picture, text), (other, other_picture, other_text) = questions(run, 2)
+    asked, then = seen_and_asked(picture_url(picture), text), seen_and_asked(picture_url(other_picture), other_text)
+    expected = run.generate(row)
+    turns = [asked, {"role": "assistant", "content": expected}, then]
+    conversation = {"messages": format_messages({"messages": turns}, prompt_only=True)}
+    (in_turn,) = answers(run.model, run.prompter, [conversation], max_new_tokens=32)
+    with served(run.adapter_dir) as client:
+
+        def create(*messages: Any, **options: Any) -> Any:
+            return client.chat.completions.create(model="demo", messages=messages, **options)
+
+        chunks = list(create(asked, stream=True))
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
+        stopped = create(asked, stop=["picked", ","]).choices[0]
+        assert (stopped.message.content, stopped.finish_reason) == (expected.partition(",")[0], "stop")
+        assert create(*turns).choices[0].message.content.strip() == in_turn
+        assert create(then).choices[0].message.content == run.generate(other)
 
 
 def test_langchain_and_llama_index_get_the_answers_of_the_run(run: Run, ask_clients: Callable[..., dict[str, Any]]) -> None:
