@@ -19,11 +19,12 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from vlmtune.console import progress
 from vlmtune.errors import ModelError, OutputError
-from vlmtune.merge.adapter import Adapter, Part, changes, parts
-from vlmtune.merge.weights import Entry, Stored, write
+from vlmtune.merge.adapter import Adapter, Change, Part, changes, parts
+from vlmtune.merge.weights import AHEAD, BLOCK, Entry, Stored, write
 from vlmtune.model import parameter_names
 from vlmtune.output import Unfinished
 
+PIECE = 2**16  # weights that are changed at once: in float32 and with what is made on the way, they stay in a core's cache
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -195,7 +196,7 @@ def write_weights(layout: Layout, adapter: Adapter, unfinished: Unfinished) -> W
             else:
                 largest: dict[str, float] = {}
                 blocks = _merged(targets, adapter, largest)
-                seen = (shown.advance(task, block.nbytes / 1e6) or block for block in blocks)
+                seen = (shown.advance(task, _size(block) / 1e6) or block for block in blocks)
                 digest = write(unfinished.directory / name, [target.entry for target in targets], seen)
                 unfinished.done(name, {"sha256": digest, "largest": largest})
             written.hashes[name] = unfinished.finished[name]["sha256"]
@@ -206,33 +207,55 @@ def write_weights(layout: Layout, adapter: Adapter, unfinished: Unfinished) -> W
     return written
 
 
-def _merged(targets: Iterable[Target], adapter: Adapter, largest: dict[str, float]) -> Iterator[Tensor]:
+def _merged(targets: Iterable[Target], adapter: Adapter, largest: dict[str, float]) -> Iterator[Tensor | Stored]:
     """The blocks of a file's tensors, changed and rounded once; notes how far each weight moved.
 
     Raises:
         ModelError: a weight is no number, or too large for its dtype.
 
     """
+    memory = itertools.cycle([torch.empty(BLOCK, dtype=torch.uint8) for _ in range(AHEAD + 1)])
     for target in targets:
-        made = [change for part in target.parts for change in changes(adapter, part, target.source.shape)]
-        narrowed = target.entry.dtype == torch.float16 and (made or target.source.dtype != torch.float16)
-        moved = 0.0
-        for first, rows in target.source.blocks():
-            block = rows
+        name, source, dtype = target.entry.name, target.source, target.entry.dtype
+        made = [change for part in target.parts for change in changes(adapter, part, source.shape)]
+        if not made and dtype == source.dtype:
+            yield source
+            continue
+        for first, rows in source.blocks():
+            written = _shaped(next(memory), rows.shape, dtype)
+            moved = _change(rows, first, made, written)
+            if not math.isfinite(moved):
+                raise ModelError(f"the adapter makes {name} something that is no number")
+            if dtype == torch.float16 and not bool(torch.isfinite(written).all()):
+                raise ModelError(f"{name} is too large for float16: merge in bfloat16 or float32, with `dtype`")
             if made:
-                before = block = rows.float()
-                for change in made:
-                    block = change(block, first)
-                least, most = torch.aminmax(block - before)
-                if not math.isfinite(least) or not math.isfinite(most):
-                    raise ModelError(f"the adapter makes {target.entry.name} something that is no number")
-                moved = max(moved, -least.item(), most.item())
-            block = block.to(target.entry.dtype)
-            if narrowed and not bool(torch.isfinite(block).all()):
-                raise ModelError(f"{target.entry.name} is too large for float16: merge in bfloat16 or float32, with `dtype`")
-            yield block
-        if made:
-            largest[target.entry.name] = moved
+                largest[name] = max(moved, largest.get(name, 0.0))
+            yield written
+
+
+def _shaped(memory: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A tensor in this memory, or in its own where that is too small."""
+    needed = shape.numel() * dtype.itemsize
+    return memory[:needed].view(dtype).view(shape) if needed <= len(memory) else torch.empty(shape, dtype=dtype)
+
+
+def _change(rows: Tensor, first: int, made: Sequence[Change], written: Tensor) -> float:
+    """Writes the rows after all changes, and says how far the one moved that moved most; NaN where one is no number."""
+    step = max(1, PIECE // rows.shape[1])
+    moved = torch.zeros(())
+    for start in range(0, len(rows), step):
+        here = slice(start, start + step)
+        before = after = rows[here].float()
+        for change in made:
+            after = change(after, first + start)
+        written[here] = after
+        least, most = torch.aminmax(after - before)
+        moved = torch.maximum(moved, torch.maximum(-least, most))  # which keeps NaN
+    return moved.item()
+
+
+def _size(block: Tensor | Stored) -> int:
+    return block.nbytes if isinstance(block, Tensor) else block.bytes
 
 
 def _write_index(layout: Layout, directory: Path) -> None:

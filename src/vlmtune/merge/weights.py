@@ -7,6 +7,7 @@ https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -38,7 +39,7 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-BLOCK = 2**20  # bytes: what is made of one, in float32 too, stays in the processor's cache
+BLOCK = 2**20  # bytes that are read at once
 AHEAD = 32  # blocks that wait to be written
 
 
@@ -61,28 +62,39 @@ class Stored:
         return self.shape[0] if self.shape else 1
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """All rows, some at a time, and the number of the first of them: `[rows, columns]`, a vector as a column."""
+        """All rows, some at a time, and the number of the first of them: `[rows, columns]`, a vector as a column.
+
+        The next block comes in the memory of this one.
+        """
         step = max(1, BLOCK * self.rows // max(1, self.bytes))
+        memory = torch.empty(step * self.bytes // max(1, self.rows), dtype=torch.uint8)
         with self.path.open("rb", buffering=0) as file:
             for first in range(0, self.rows, step):
-                yield first, self._read(file, first, min(step, self.rows - first))
+                yield first, self._read(file, memory, first, min(step, self.rows - first))
 
     def some(self, first: int, count: int) -> Tensor:
         """Rows from `first` on: `[rows, columns]`."""
+        count = min(count, self.rows - first)
+        memory = torch.empty(count * self.bytes // max(1, self.rows), dtype=torch.uint8)
         with self.path.open("rb", buffering=0) as file:
-            return self._read(file, first, min(count, self.rows - first))
+            return self._read(file, memory, first, count)
 
-    def _read(self, file: FileIO, first: int, count: int) -> Tensor:
-        columns = math.prod(self.shape[1:])
-        raw = torch.empty(count * columns * self.dtype.itemsize, dtype=torch.uint8)
-        file.seek(self.start + first * columns * self.dtype.itemsize)
-        view = _bytes(raw)
-        while view:
-            read = file.readinto(view)
-            if not read:
-                raise ModelError(f"{self.path} ended before its weights did")
-            view = view[read:]
-        return raw.view(self.dtype).view(count, columns)
+    def _read(self, file: FileIO, memory: Tensor, first: int, count: int) -> Tensor:
+        row = self.bytes // max(1, self.rows)
+        file.seek(self.start + first * row)
+        read = memory[: count * row]
+        _fill(file, _bytes(read), self.path)
+        return read.view(self.dtype).view(count, -1)
+
+    def pieces(self) -> Iterator[memoryview]:
+        """Its bytes, some at a time. The next come in the memory of these."""
+        memory = memoryview(bytearray(BLOCK))
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            for at in range(0, self.bytes, BLOCK):
+                piece = memory[: min(BLOCK, self.bytes - at)]
+                _fill(file, piece, self.path)
+                yield piece
 
 
 def stored(path: Path) -> list[Stored]:
@@ -123,29 +135,53 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write(path: Path, entries: Sequence[Entry], blocks: Iterable[Tensor]) -> str:
-    """Writes a file from the blocks of its tensors in their order, while they come; returns its SHA-256.
+def write(path: Path, entries: Sequence[Entry], content: Iterable[Tensor | Stored]) -> str:
+    """Writes a file from what its tensors are made of, in their order, while it comes; returns its SHA-256.
 
-    Hashing and writing go on beside what makes the next block. The file is on the disk when this returns.
+    Writing and hashing go on beside what makes the next block, each in a thread. The file is on the disk when this returns.
+
+    Args:
+        path: of the file.
+        entries: its tensors.
+        content: blocks of them, or whole tensors of another file, which the system copies. The memory of a block may be used
+            again when `AHEAD` more have come.
+
     """
     digest = hashlib.sha256()
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
-
-        def put(data: memoryview) -> None:
-            digest.update(data)
-            left = data
-            while left:
-                left = left[file.write(left) :]
-
-        waiting: deque[Future[None]] = deque([pool.submit(put, memoryview(_header(entries)))])
-        for block in blocks:
-            waiting.append(pool.submit(put, _bytes(block)))
-            if len(waiting) > AHEAD:
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hashing, ThreadPoolExecutor(1) as writing:
+        waiting: deque[Future[None]] = deque()
+        for data in itertools.chain([_header(entries)], content):
+            data = _bytes(data) if isinstance(data, Tensor) else data
+            waiting += [hashing.submit(_hash, digest, data), writing.submit(_put, file, data)]
+            while len(waiting) > 2 * AHEAD:
                 waiting.popleft().result()
-        while waiting:
-            waiting.popleft().result()
+        for future in waiting:
+            future.result()
         os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+def _hash(digest: Any, data: memoryview | bytes | Stored) -> None:
+    if isinstance(data, Stored):
+        for piece in data.pieces():
+            digest.update(piece)
+    else:
+        digest.update(data)
+
+
+def _put(file: FileIO, data: memoryview | bytes | Stored) -> None:
+    if not isinstance(data, Stored):
+        left = memoryview(data)
+        while left:
+            left = left[file.write(left) :]
+    elif hasattr(os, "copy_file_range"):  # Linux
+        with data.path.open("rb") as source:
+            at, end = data.start, data.start + data.bytes
+            while at < end:
+                at += os.copy_file_range(source.fileno(), file.fileno(), end - at, offset_src=at)
+    else:
+        for piece in data.pieces():
+            _put(file, piece)
 
 
 def _header(entries: Sequence[Entry]) -> bytes:
@@ -161,6 +197,14 @@ def _header(entries: Sequence[Entry]) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def _fill(file: FileIO, memory: memoryview, path: Path) -> None:
+    while memory:
+        read = file.readinto(memory)
+        if not read:
+            raise ModelError(f"{path} ended before its weights did")
+        memory = memory[read:]
 
 
 def _bytes(tensor: Tensor) -> memoryview:
