@@ -17,7 +17,8 @@ from vlmtune import Run, finetune
 from vlmtune.collator import MultimodalCollator
 from vlmtune.errors import ModelError
 from vlmtune.model import read_processor
-from vlmtune.serving import Serving, carry_serving, commands, digest, faults, read_serving, seen, write_serving
+from vlmtune.serve import in_words
+from vlmtune.serving import Serving, carry_serving, commands, copy_serving, digest, faults, read_serving, seen, write_serving
 
 STOPS = {"qwen2_vl": "<|im_end|>", "mllama": "<|eot_id|>", "pixtral": "</s>", "text": "</s>"}
 SIZES = {
@@ -88,10 +89,35 @@ def test_a_merged_model_gets_contract_and_recipe_of_its_adapter(adapter: Path, t
     (tmp_path / "partial").mkdir()
     carry_serving(adapter, tmp_path / "partial", tmp_path / "merged")
     found = read_serving(tmp_path / "partial")
-    assert found == CONTRACT.model_copy(update={"kind": "merged", "lora_rank": None})
+    model = CONTRACT.model.model_copy(update={"quantization": "none"})
+    assert CONTRACT.model.quantization == "nf4"
+    assert found == CONTRACT.model_copy(update={"kind": "merged", "lora_rank": None, "model": model})
+    assert in_words(found)["computes in"] == "bfloat16"
     assert (tmp_path / "partial" / "recipe.yaml").read_text() == "model: {name: base}\n"
     lines = json.loads((tmp_path / "partial" / "serving.json").read_text())["commands"]
     assert lines["vlmtune"] == f"python -m vlmtune.serve {tmp_path / 'merged'}"
+
+
+def test_a_merged_model_tells_the_base_and_the_dtype_that_were_chosen(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "partial").mkdir()
+    carry_serving(adapter, tmp_path / "partial", tmp_path / "merged", base="/models/qwen", dtype="float16")
+    model = read_serving(tmp_path / "partial").model
+    assert (model.name, model.revision, model.dtype, model.quantization) == ("/models/qwen", None, "float16", "none")
+    assert model.family == "qwen2_vl"
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_quantised_copy_has_its_own_contract(adapter: Path, tmp_path: Path, quantization: Any) -> None:
+    for name in ("merged", "partial"):
+        (tmp_path / name).mkdir()
+    carry_serving(adapter, tmp_path / "merged", tmp_path / "merged")
+    copy_serving(tmp_path / "merged", tmp_path / "partial", tmp_path / "small", quantization=quantization)
+    found = read_serving(tmp_path / "partial")
+    assert (found.kind, found.model.quantization, found.model.revision) == ("merged", quantization, "abc")
+    assert in_words(found)["computes in"] == f"bfloat16, {quantization}"
+    lines = json.loads((tmp_path / "partial" / "serving.json").read_text())["commands"]
+    assert lines["vlmtune"] == f"python -m vlmtune.serve {tmp_path / 'small'}"
+    assert (tmp_path / "partial" / "recipe.yaml").exists()
 
 
 def test_an_adapter_from_elsewhere_has_no_contract_to_carry(tmp_path: Path) -> None:

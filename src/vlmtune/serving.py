@@ -109,19 +109,45 @@ def write_serving(partial: Path, found: Serving, directory: Path) -> None:
     write_json(partial / FILE, {**found.model_dump(), "commands": lines})
 
 
-def carry_serving(adapter_dir: Path, partial: Path, directory: Path) -> None:
+def carry_serving(
+    adapter_dir: Path, partial: Path, directory: Path, *, base: str | None = None, dtype: str | None = None
+) -> None:
     """Gives a merged model the contract and the recipe of its adapter; nothing where the adapter has none.
 
     Args:
         adapter_dir: a run's directory, or any PEFT adapter.
         partial: where the merged model is written; the processor is there already.
         directory: what `partial` is to become.
+        base: hub id or directory of the base that was merged, if it is another than the adapter's.
+        dtype: of the merged weights, if it is another than the trained one.
 
     """
-    if (adapter_dir / RECIPE).exists():
-        shutil.copyfile(adapter_dir / RECIPE, partial / RECIPE)
-    if (adapter_dir / FILE).exists():
-        merged = read_serving(adapter_dir).model_copy(update={"kind": "merged", "lora_rank": None})
+    changes: dict[str, Any] = {"quantization": "none"}
+    changes |= {"name": base, "revision": None} if base is not None else {}
+    changes |= {"dtype": dtype} if dtype is not None else {}
+    _carry(adapter_dir, partial, directory, changes)
+
+
+def copy_serving(source_dir: Path, partial: Path, directory: Path, *, quantization: Literal["nf4", "int8"]) -> None:
+    """Gives a quantised copy of a merged model its contract and recipe; nothing where that has none.
+
+    Args:
+        source_dir: the merged model.
+        partial: where the copy is written.
+        directory: what `partial` is to become.
+        quantization: of the copy's files, which `from_pretrained` reads as they are.
+
+    """
+    _carry(source_dir, partial, directory, {"quantization": quantization})
+
+
+def _carry(source: Path, partial: Path, directory: Path, changes: Mapping[str, Any]) -> None:
+    if (source / RECIPE).exists():
+        shutil.copyfile(source / RECIPE, partial / RECIPE)
+    if (source / FILE).exists():
+        found = read_serving(source)
+        model = found.model.model_copy(update=changes)
+        merged = found.model_copy(update={"kind": "merged", "lora_rank": None, "model": model})
         write_serving(partial, merged, directory)
 
 
