@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -70,7 +71,7 @@ def write_base(name: str, directory: Path) -> None:
     weight_map = {}
     for number, file in enumerate(files, 1):
         path = directory / f"model-{number:05}-of-{len(files):05}.safetensors"
-        write(path, file, _pieces(file, noise))
+        write(path, file, _noise(file, noise))
         weight_map |= {entry.name: path.name for entry in file}
     index = {"metadata": {"total_size": sum(e.bytes for e in entries)}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -82,7 +83,7 @@ def _hub(name: str) -> str:
     return name
 
 
-def _pieces(entries: Sequence[Entry], noise: torch.Tensor) -> Iterator[torch.Tensor]:
+def _noise(entries: Sequence[Entry], noise: torch.Tensor) -> Iterator[torch.Tensor]:
     for entry in entries:
         left = entry.bytes // 2
         while left:
@@ -180,17 +181,17 @@ def main() -> None:
             for _ in range(options.repeats):
                 for who, command in commands.items():
                     found[who].append(measured(who, command, base, out))
-            copy = _median([m.seconds for m in found["a copy (`cp -r`)"]])
             for who, runs in found.items():
                 seconds = _median([m.seconds for m in runs])
                 peak = max(m.gib for m in runs)
-                print(f"| {label}: {modules} modules | {who} | {seconds:.1f} | {seconds / copy:.2f} | {peak:.2f} |", flush=True)
+                ratio = _median([m.seconds / c.seconds for m, c in zip(runs, found["a copy (`cp -r`)"], strict=True)])
+                print(f"| {label}: {modules} modules | {who} | {seconds:.1f} | {ratio:.2f} | {peak:.2f} |", flush=True)
     finally:
         shutil.rmtree(options.directory, ignore_errors=True)
 
 
 def _median(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2]
+    return statistics.median(values)
 
 
 if __name__ == "__main__":

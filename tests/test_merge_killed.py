@@ -86,6 +86,7 @@ def test_finished_files_are_not_written_again(pair: tuple[Path, Path], tmp_path:
             time.sleep(0.001)
 
     killed(adapter, out, third_file)
+    killed(adapter, out, lambda: time.sleep(0))  # and again, before it has done anything
     there = {path.name: path.stat().st_ino for path in sorted(unfinished.glob("*.safetensors"))[:-1]}
     assert len(there) >= 2
     merge_adapter(adapter, out, max_shard_size=SHARDS)
@@ -107,6 +108,21 @@ def test_what_was_begun_for_another_adapter_is_not_gone_on_with(tmp_path: Path) 
     with resumable(tmp_path / "out", "other") as unfinished:
         assert unfinished.finished == {"b": {}}
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["b"]
+
+
+def test_a_second_interruption_takes_nothing_away(tmp_path: Path) -> None:
+    interrupted(tmp_path / "out", "task", finished="a")
+    interrupted(tmp_path / "out", "task")
+    with resumable(tmp_path / "out", "task") as unfinished:
+        assert unfinished.finished == {"a": {}}
+
+
+def test_a_link_to_a_directory_is_written_through(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with resumable(tmp_path / "link", "task") as unfinished:
+        (unfinished.directory / "a").touch()
+    assert (tmp_path / "real" / "a").exists()
 
 
 def test_what_is_not_finished_is_begun_again(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from tiny import KINDS, make_processor
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from vlmtune import ModelError, MultimodalCollator, merge_adapter
+from vlmtune import ModelError, MultimodalCollator, OutputError, merge_adapter
 
 ATTENTION = ["q_proj", "v_proj"]  # of the language model, and of two families' towers
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -32,6 +33,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
     "tied": {"target_modules": ATTENTION},
     "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 70]}},
+    "vectors": {"target_modules": ["q_proj"], "modules_to_save": ["norm", "input_layernorm"]},
+    "biases": {"target_modules": ["q_proj", "v_proj"], "bias": "all"},
     "embedding": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
 }
 Make = Callable[..., tuple[Path, Path]]
@@ -58,7 +61,7 @@ def adapted(checkpoint: Callable[[str], Path], tmp_path: Path) -> Make:
                 (base / path.name).write_bytes(path.read_bytes())
         torch.manual_seed(1)
         fresh = auto(kind).from_pretrained(base, dtype=dtype)
-        tuned = get_peft_model(fresh, LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, **options))
+        tuned = get_peft_model(fresh, LoraConfig(**{"r": 4, "lora_alpha": 8, "init_lora_weights": False, **options}))
         for parameter in tuned.parameters():
             if parameter.requires_grad:
                 parameter.data += torch.randn_like(parameter) * 0.05
@@ -184,6 +187,7 @@ def test_a_fresh_process_loads_it_plainly_and_generates(adapted: Make, tmp_path:
     [
         ({"target_modules": ["q_proj"], "lora_bias": True}, "lora_bias"),
         ({"target_modules": ["embed_tokens"], "use_dora": True}, "DoRA on an embedding"),
+        ({"target_modules": ["q_proj"], "init_lora_weights": "pissa"}, "init_lora_weights: pissa"),
     ],
 )
 def test_what_is_not_merged_is_refused_by_name(adapted: Make, tmp_path: Path, options: dict[str, Any], sentence: str) -> None:
@@ -196,9 +200,60 @@ def test_what_is_not_merged_is_refused_by_name(adapted: Make, tmp_path: Path, op
 def test_weights_that_become_no_number_or_overflow_are_refused(adapted: Make, tmp_path: Path) -> None:
     base, adapter = adapted("text", ADAPTERS["lora"])
     tensors = load_file(adapter / "adapter_model.safetensors")
-    for factor, dtype, sentence in ((1e6, "float16", "is too large for float16"), (float("nan"), None, "is no number")):
+    for factor, dtype, sentence in ((1e6, "float16", "too large for torch.float16"), (float("nan"), None, "no number")):
         changed = {name: tensor * factor for name, tensor in tensors.items()}
         save_file(changed, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ModelError, match=sentence):
             merge_adapter(adapter, tmp_path / "merged", base=str(base), dtype=dtype)
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("name", ["tokens", "lora"])
+def test_a_base_that_stores_both_of_its_tied_weights_is_merged_like_one_that_stores_one(
+    adapted: Make, tmp_path: Path, name: str
+) -> None:
+    options = ADAPTERS[name] if name == "tokens" else {"target_modules": ["q_proj", "lm_head"]}
+    base, adapter = adapted("text", options, tied=True)
+    merge_adapter(adapter, tmp_path / "one", base=str(base))
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    merge_adapter(adapter, tmp_path / "both", base=str(base), verify="full")
+    ids = torch.tensor([[3, 70, 9]])
+    one, both = (AutoModelForCausalLM.from_pretrained(tmp_path / name)(input_ids=ids).logits for name in ("one", "both"))
+    assert torch.equal(one, both)
+
+
+def test_a_change_that_rounding_takes_away_is_none(adapted: Make, tmp_path: Path) -> None:
+    base, adapter = adapted("text", ADAPTERS["lora"], dtype="bfloat16")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: tensor * 1e-6 for name, tensor in tensors.items()}, adapter / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="the adapter changes no weight of its base"):
+        merge_adapter(adapter, tmp_path / "merged", base=str(base))
+
+
+def test_two_tensors_for_one_weight_are_refused(adapted: Make, tmp_path: Path) -> None:
+    base, adapter = adapted("qwen2_vl", ADAPTERS["lora"])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    older = {name.replace("model.language_model.", "model."): tensor.clone() for name, tensor in tensors.items()}
+    save_file({**tensors, **older}, adapter / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="has two tensors for the same"):
+        merge_adapter(adapter, tmp_path / "merged", base=str(base))
+
+
+@pytest.mark.parametrize("place", ["base", "adapter", "."])
+def test_a_merge_never_overwrites_what_it_is_made_of(adapted: Make, tmp_path: Path, place: str) -> None:
+    base, adapter = adapted("text", ADAPTERS["lora"])
+    (tmp_path / place / ".vlmtune").touch()
+    with pytest.raises(OutputError, match="of which the merge is made: name another one"):
+        merge_adapter(adapter, tmp_path / place, base=str(base), overwrite=True)
+    assert (adapter / "adapter_config.json").exists()
+
+
+def test_code_of_the_base_is_not_run_unasked(adapted: Make, tmp_path: Path) -> None:
+    base, adapter = adapted("text", ADAPTERS["lora"])
+    recipe = {"model": {"name": str(base), "trust_remote_code": True}, "data": {"source": "x"}, "train": {"output_dir": "y"}}
+    (adapter / "recipe.yaml").write_text(json.dumps(recipe))
+    with pytest.raises(ModelError, match="look at it, then say --trust-remote-code"):
+        merge_adapter(adapter, tmp_path / "merged")
+    merge_adapter(adapter, tmp_path / "merged", trust_remote_code=True)

@@ -172,7 +172,7 @@ def weight_files(section: ModelSection) -> list[Path]:
     """
     origin: Any = {"revision": section.revision or "main"}
     try:
-        for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME):
+        for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):  # as `from_pretrained` looks
             found = cached_file(section.name, name, _raise_exceptions_for_missing_entries=False, **origin)
             if found and name == SAFE_WEIGHTS_NAME:
                 return [Path(found)]

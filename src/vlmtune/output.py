@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from vlmtune.errors import OutputError
 
 MARK = ".vlmtune"  # lies in every directory that vlmtune made: no other is ever deleted
-LOCK = ".lock"  # in a directory that is being written
+LOCK, JOURNAL = ".lock", ".finished.json"  # in a directory that is being written
 LAST = "adapter_config.json"  # a directory without it is no adapter, so that it moves in last
 
 
@@ -98,30 +99,26 @@ class Unfinished:
 
     @property
     def _journal(self) -> Path:
-        return self.directory / ".finished.json"
+        return self.directory / JOURNAL
 
     def open(self, task: str) -> None:
         """Keeps what an earlier process finished of the very same task, and nothing else."""
+        self.task = task
         try:
             found = json.loads(self._journal.read_text(encoding="utf-8"))
             self.finished = found["files"] if found["task"] == task else {}
         except (OSError, ValueError, KeyError, TypeError):
             self.finished = {}
+        kept = {*self.finished, LOCK, *([self._journal.name] if self.finished else [])}
         for path in self.directory.iterdir():
-            if path.name not in (*self.finished, LOCK):
+            if path.name not in kept:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        self.task = task
 
     def done(self, name: str, facts: Mapping[str, Any]) -> None:
         """The file is on the disk, whole."""
         self.finished[name] = dict(facts)
         write_json(self._journal, {"task": self.task, "files": self.finished})
         _sync(self._journal)
-
-    def clear(self) -> None:
-        """Leaves only what is to appear."""
-        self._journal.unlink(missing_ok=True)
-        (self.directory / LOCK).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -138,34 +135,35 @@ def resumable(directory: Path, task: str, *, replace: bool = False) -> Generator
         OutputError: the disk is full, or another process writes the same directory.
 
     """
-    unfinished = Unfinished(directory.parent / f".{directory.name}.unfinished")
-    with disk_errors(directory):
+    target = directory.resolve()
+    unfinished = Unfinished(target.parent / f".{target.name}.unfinished")
+    with disk_errors(directory), ExitStack() as stack:
         unfinished.directory.mkdir(parents=True, exist_ok=True)
-        with (unfinished.directory / LOCK).open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise OutputError(f"{directory} is being written by another process: wait for it, or stop it") from None
-            unfinished.open(task)
-            try:
-                yield unfinished
-            except Exception:
-                shutil.rmtree(unfinished.directory, ignore_errors=True)
-                raise
-            unfinished.clear()
-            _appear(unfinished.directory, directory, replace=replace)
+        try:
+            stack.enter_context(FileLock(unfinished.directory / LOCK, blocking=False))
+        except Timeout:
+            raise OutputError(f"{directory} is being written by another process: wait for it, or stop it") from None
+        unfinished.open(task)
+        try:
+            yield unfinished
+            _appear(unfinished.directory, target, replace=replace)
+        except Exception:
+            shutil.rmtree(unfinished.directory, ignore_errors=True)
+            raise
 
 
 def _appear(finished: Path, directory: Path, *, replace: bool) -> None:
-    for path in finished.rglob("*"):
+    """Puts a finished directory in its place; lock and journal stay in it until it is there."""
+    for path in (*finished.rglob("*"), finished):
         _sync(path)
-    _sync(finished)
     earlier = directory.parent / f".{directory.name}.earlier"
     if replace and directory.exists():
         shutil.rmtree(earlier, ignore_errors=True)
         directory.rename(earlier)
     finished.rename(directory)  # over an empty directory, too
     _sync(directory.parent)
+    for name in (JOURNAL, LOCK):
+        (directory / name).unlink(missing_ok=True)
     shutil.rmtree(earlier, ignore_errors=True)
 
 

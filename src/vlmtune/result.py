@@ -128,7 +128,10 @@ def evaluate(run: Run) -> None:
     if samples:
         _compare(run, samples)
     if run.recipe.merge:
-        report = merge_adapter(run.adapter_dir, run.adapter_dir / "merged", family=run.family, overwrite=True)
+        trusted = run.recipe.model.trust_remote_code
+        report = merge_adapter(
+            run.adapter_dir, run.adapter_dir / "merged", family=run.family, trust_remote_code=trusted, overwrite=True
+        )
         run.metrics["merge_largest_difference"] = report.largest_difference
         if section.accuracy and samples:
             merged = load_merged(run.adapter_dir / "merged", run.recipe.model, run.family)

@@ -12,7 +12,7 @@ from peft import PeftConfig
 
 from vlmtune.collator import MultimodalCollator
 from vlmtune.console import decisions
-from vlmtune.errors import ModelError
+from vlmtune.errors import ModelError, OutputError
 from vlmtune.families import Family, find_family
 from vlmtune.merge.adapter import read_adapter
 from vlmtune.merge.beside import Beside, fingerprint
@@ -46,6 +46,7 @@ def merge_adapter(
     dtype: str | None = None,
     max_shard_size: str = "5GB",
     verify: Literal["weights", "full"] = "weights",
+    trust_remote_code: bool = False,
     overwrite: bool = False,
 ) -> MergeReport:
     """Merges an adapter into its unquantised base and writes a directory that plain `from_pretrained` loads.
@@ -63,7 +64,8 @@ def merge_adapter(
         dtype: of the merged weights: "bfloat16", "float16" or "float32"; None keeps the checkpoint's own.
         max_shard_size: of one weight file.
         verify: "full" also loads base + adapter and the merged model, one after the other, and compares their answers.
-        overwrite: delete an earlier merge that lies in `out_dir`.
+        trust_remote_code: run code that lies with the base, where the adapter's recipe says that it needs that.
+        overwrite: delete an earlier merge that lies in `out_dir`, once the new one is whole.
 
     Raises:
         ModelError: the adapter matches no weight of the base or changes nothing, or the merged model is not base + adapter.
@@ -75,6 +77,9 @@ def merge_adapter(
         raise ModelError(f"dtype {dtype!r} is none of bfloat16, float16 and float32")
     chosen = DTYPES.get(dtype or "")
     section = _base_section(adapter_dir, base)
+    if section.trust_remote_code and not trust_remote_code:
+        raise ModelError(f"{section.name} needs code of its own to be run: look at it, then say --trust-remote-code")
+    _apart(out_dir, adapter_dir, Path(section.name))
     claim(out_dir, overwrite=overwrite)
     adapter = read_adapter(adapter_dir)
     config = load_config(section)
@@ -92,7 +97,7 @@ def merge_adapter(
         make_room(layout, unfinished)
         written = write_weights(layout, adapter, unfinished)
         beside = Beside(unfinished.directory, out_dir, section, found, adapter, files[0].parent)
-        beside.write(config, model, processor, layout, collator.stop_token_id, chosen)
+        beside.write(config, model, processor, layout, collator.stop_token_id, base=base, dtype=chosen)
         check_files(layout, unfinished.directory)
         difference = check_weights(layout, adapter, model, unfinished.directory)
         beside.check(processor, layout, collator.stop_token_id)
@@ -100,7 +105,15 @@ def merge_adapter(
         if verify == "full":
             logits = check_answers(section, collator, adapter, unfinished.directory, chosen)
         beside.write_manifest(written)
-    return MergeReport(out_dir, len(written.largest), max(written.largest.values()), difference, logits)
+    moved = [change for change in written.largest.values() if change]
+    return MergeReport(out_dir, len(moved), max(moved), difference, logits)
+
+
+def _apart(out_dir: Path, *sources: Path) -> None:
+    """Refuses to write where the adapter or its base lies, or above."""
+    for source in (path.resolve() for path in sources if path.exists()):
+        if out_dir.resolve() in (source, *source.parents):
+            raise OutputError(f"output directory {out_dir} holds {source}, of which the merge is made: name another one")
 
 
 def load_merged(directory: Path, section: ModelSection, family: Family) -> Any:
@@ -130,13 +143,23 @@ def command(
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; the checkpoint's own if left out.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Of one weight file.")] = "5GB",
     verify: Annotated[str, typer.Option(help="weights, or full: compare the answers of the two whole models too.")] = "weights",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that lies with the base, where it needs that.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier merge in OUT.")] = False,
 ) -> None:
     """Merge an adapter into its unquantised base, in little memory, and prove that the result is base + adapter."""
     if verify not in ("weights", "full"):
         raise ModelError(f"--verify {verify} is neither weights nor full")
     report = merge_adapter(
-        adapter, out, base=base, dtype=dtype, max_shard_size=max_shard_size, verify=verify, overwrite=overwrite
+        adapter,
+        out,
+        base=base,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        verify=verify,
+        trust_remote_code=trust_remote_code,
+        overwrite=overwrite,
     )
     shown = {
         "weights": f"{report.modules} changed, by up to {report.largest_change:.3g}",

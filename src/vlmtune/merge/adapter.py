@@ -38,6 +38,7 @@ NOT_MERGED = (
     "fan_in_fan_out",
     "megatron_config",
 )
+INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")  # others take something out of the base
 
 
 class Change(Protocol):
@@ -116,6 +117,8 @@ def read_adapter(directory: Path) -> Adapter:
     """
     config = _config(directory)
     refused = [name for name in NOT_MERGED if getattr(config, name, None)]
+    if not refused and config.init_lora_weights not in INITIALISATIONS:
+        refused = [f"init_lora_weights: {config.init_lora_weights}"]
     if refused:
         raise ModelError(f"the adapter in {directory} uses PEFT's `{refused[0]}`, which is not merged here")
     path, tensor, names = _tensors(directory)
@@ -159,18 +162,26 @@ class Part:
 
 
 def parts(adapter: Adapter) -> list[Part]:
-    """The adapter's tensors by the parameter that they change, under the name at which they were trained."""
+    """The adapter's tensors by the parameter that they change, under the name at which they were trained.
+
+    Raises:
+        ModelError: two for the same.
+
+    """
     found: dict[str, dict[str, str]] = {}
     for name in adapter.names:
         plain = name.removeprefix("base_model.model.")
         if lora := LORA.fullmatch(plain):
-            found.setdefault(lora["module"] + ".weight", {})[lora["kind"].removeprefix("lora_")] = name
+            parameter, kind = lora["module"] + ".weight", lora["kind"].removeprefix("lora_")
         elif tokens := TOKENS.fullmatch(plain):
-            found.setdefault(tokens["module"] + ".weight", {})["tokens"] = name
+            parameter, kind = tokens["module"] + ".weight", "tokens"
         elif base := BASE.fullmatch(plain):
-            found.setdefault(base["module"] + base["leaf"], {})["whole"] = name
+            parameter, kind = base["module"] + base["leaf"], "whole"
         else:
-            found.setdefault(plain, {})["whole"] = name
+            parameter, kind = plain, "whole"
+        if earlier := found.setdefault(parameter, {}).get(kind):
+            raise ModelError(f"the adapter in {adapter.directory} has two tensors for the same: {earlier} and {name}")
+        found[parameter][kind] = name
     return [Part(parameter, names) for parameter, names in found.items()]
 
 

@@ -44,16 +44,19 @@ class Beside:
         processor: Processor,
         layout: Layout,
         stop_token: int,
+        *,
+        base: str | None,
         dtype: torch.dtype | None,
     ) -> None:
-        """All of it but the manifest. `model` is the base without weights, `dtype` None keeps the base's."""
+        """All of it but the manifest. `model` is the base without weights; None: what the adapter says, and the base's dtype."""
         _config_of_merged(config, model, untied=layout.untied, dtype=dtype).save_pretrained(str(self.directory))
         self._generation_config(stop_token).save_pretrained(str(self.directory))
         processor.save_pretrained(str(self.directory))
         for pattern in KEPT:
             for path in self.base_dir.glob(pattern):
                 shutil.copyfile(path, self.directory / path.name)
-        carry_serving(self.adapter.directory, self.directory, self.out_dir)
+        named = str(dtype).removeprefix("torch.") if dtype else None
+        carry_serving(self.adapter.directory, self.directory, self.out_dir, base=base, dtype=named)
 
     def _generation_config(self, stop_token: int) -> GenerationConfig:
         """The adapter's or the base's, with the stop token that the chat template ends answers with."""
@@ -102,7 +105,11 @@ class Beside:
         }
         content = {
             "vlmtune": version("vlmtune"),
-            "base": {"name": self.section.name, "revision": self.section.revision},
+            "base": {
+                "name": self.section.name,
+                "revision": self.section.revision,
+                "files": {path.name: path.stat().st_size for path in sorted(self.base_dir.glob("*.safetensors"))},
+            },
             "adapter": {"directory": str(self.adapter.directory), "sha256": _sha256(self.adapter.path)},
             "changed": len(written.largest),
             "files": {

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import math
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from vlmtune.console import progress
 from vlmtune.errors import ModelError, OutputError
 from vlmtune.merge.adapter import Adapter, Change, Part, changes, parts
-from vlmtune.merge.weights import AHEAD, BLOCK, Entry, Stored, write
+from vlmtune.merge.weights import AHEAD, Entry, Stored, pieces, room, write
 from vlmtune.model import parameter_names
 from vlmtune.output import Unfinished
 
@@ -77,13 +79,16 @@ def lay_out(
 
     """
     names = parameter_names(model, [tensor.name for tensor in base])
-    tied = {name: source for name, source in model.all_tied_weights_keys.items() if name not in names.values()}
+    tied: Mapping[str, str] = model.all_tied_weights_keys
     bearing = _bearing(adapter, model, {name for name in names.values() if name} | set(tied))
     apart = {} if adapter.config.ensure_weight_tying else _torn_apart(bearing, tied)
-    at_source = {tied[name]: bearing[name] for name in bearing if name in tied and name not in apart}
-    targets = [_target(tensor.name, tensor, names[tensor.name], {**at_source, **bearing}, dtype) for tensor in base]
+    for name, source in tied.items():  # those that stay one change as one
+        if name not in apart and (both := bearing.get(source) or bearing.get(name)):
+            bearing[source] = bearing[name] = both
+    targets = [_target(tensor.name, tensor, names[tensor.name], bearing, dtype) for tensor in base]
     stored = {names[tensor.name]: tensor for tensor in base}
-    targets += [_target(name, stored[source], name, bearing, dtype) for name, source in apart.items()]
+    missing = [name for name in apart if name not in stored]
+    targets += [_target(name, stored[apart[name]], name, bearing, dtype) for name in missing]
     return Layout(_shards(targets, size_in_bytes(max_shard_size)), untied=bool(apart))
 
 
@@ -97,8 +102,13 @@ def _bearing(adapter: Adapter, model: PreTrainedModel, there: set[str]) -> dict[
         name = renamed[part.parameter]
         if name is None or name not in there:
             astray += part.names.values()
+        elif earlier := bearing.get(name):
+            raise ModelError(
+                f"the adapter in {adapter.directory} has two tensors for the same, under an older and a newer name: "
+                f"{min(earlier[0].names.values())} and {min(part.names.values())}"
+            )
         else:
-            bearing[name] = (*bearing.get(name, ()), part)
+            bearing[name] = (part,)
     if astray:
         listed = ", ".join(sorted(astray)[:20]) + (", …" if len(astray) > 20 else "")
         raise ModelError(
@@ -188,7 +198,7 @@ def write_weights(layout: Layout, adapter: Adapter, unfinished: Unfinished) -> W
 
     """
     written = Written()
-    with progress() as shown:
+    with _undisturbed(), progress() as shown:
         task = shown.add_task("Merging (MB)", total=layout.bytes / 1e6, text="")
         for name, targets in layout.files.items():
             if name in unfinished.finished:
@@ -196,7 +206,7 @@ def write_weights(layout: Layout, adapter: Adapter, unfinished: Unfinished) -> W
             else:
                 largest: dict[str, float] = {}
                 blocks = _merged(targets, adapter, largest)
-                seen = (shown.advance(task, _size(block) / 1e6) or block for block in blocks)
+                seen = (shown.advance(task, block.nbytes / 1e6) or block for block in blocks)
                 digest = write(unfinished.directory / name, [target.entry for target in targets], seen)
                 unfinished.done(name, {"sha256": digest, "largest": largest})
             written.hashes[name] = unfinished.finished[name]["sha256"]
@@ -207,41 +217,47 @@ def write_weights(layout: Layout, adapter: Adapter, unfinished: Unfinished) -> W
     return written
 
 
-def _merged(targets: Iterable[Target], adapter: Adapter, largest: dict[str, float]) -> Iterator[Tensor | Stored]:
+@contextmanager
+def _undisturbed() -> Generator[None]:
+    """Keeps torch from dividing pieces as small as these among threads, and Python from looking for cycles between them."""
+    count, collecting = torch.get_num_threads(), gc.isenabled()
+    torch.set_num_threads(1)
+    gc.disable()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
+        if collecting:
+            gc.enable()
+
+
+def _merged(targets: Iterable[Target], adapter: Adapter, largest: dict[str, float]) -> Iterator[Tensor]:
     """The blocks of a file's tensors, changed and rounded once; notes how far each weight moved.
 
     Raises:
         ModelError: a weight is no number, or too large for its dtype.
 
     """
-    memory = itertools.cycle([torch.empty(BLOCK, dtype=torch.uint8) for _ in range(AHEAD + 1)])
+    memory = pieces(2 * (AHEAD + 1))  # a block that is changed takes two
     for target in targets:
         name, source, dtype = target.entry.name, target.source, target.entry.dtype
         made = [change for part in target.parts for change in changes(adapter, part, source.shape)]
-        if not made and dtype == source.dtype:
-            yield source
-            continue
-        for first, rows in source.blocks():
-            written = _shaped(next(memory), rows.shape, dtype)
+        for first, rows in source.blocks(memory):
+            if not made and dtype == source.dtype:
+                yield rows
+                continue
+            written = room(memory, rows.numel() * dtype.itemsize).view(dtype).view(rows.shape)
             moved = _change(rows, first, made, written)
             if not math.isfinite(moved):
-                raise ModelError(f"the adapter makes {name} something that is no number")
-            if dtype == torch.float16 and not bool(torch.isfinite(written).all()):
-                raise ModelError(f"{name} is too large for float16: merge in bfloat16 or float32, with `dtype`")
+                raise ModelError(f"the adapter makes {name} something that is no number, or too large for {dtype}")
             if made:
                 largest[name] = max(moved, largest.get(name, 0.0))
             yield written
 
 
-def _shaped(memory: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """A tensor in this memory, or in its own where that is too small."""
-    needed = shape.numel() * dtype.itemsize
-    return memory[:needed].view(dtype).view(shape) if needed <= len(memory) else torch.empty(shape, dtype=dtype)
-
-
 def _change(rows: Tensor, first: int, made: Sequence[Change], written: Tensor) -> float:
-    """Writes the rows after all changes, and says how far the one moved that moved most; NaN where one is no number."""
-    step = max(1, PIECE // rows.shape[1])
+    """Writes the rows after all changes, and says how far the one moved that moved most; no number where one is none."""
+    step = max(1, PIECE // max(1, rows.shape[1]))
     moved = torch.zeros(())
     for start in range(0, len(rows), step):
         here = slice(start, start + step)
@@ -249,13 +265,11 @@ def _change(rows: Tensor, first: int, made: Sequence[Change], written: Tensor) -
         for change in made:
             after = change(after, first + start)
         written[here] = after
-        least, most = torch.aminmax(after - before)
-        moved = torch.maximum(moved, torch.maximum(-least, most))  # which keeps NaN
+        if after.numel():
+            unchanged = before if written.dtype == rows.dtype else before.to(written.dtype).float()
+            least, most = torch.aminmax(written[here].float() - unchanged)
+            moved = torch.maximum(moved, torch.maximum(-least, most))  # which keeps NaN
     return moved.item()
-
-
-def _size(block: Tensor | Stored) -> int:
-    return block.nbytes if isinstance(block, Tensor) else block.bytes
 
 
 def _write_index(layout: Layout, directory: Path) -> None:

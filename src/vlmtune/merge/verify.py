@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from vlmtune.collator import MultimodalCollator
 from vlmtune.console import bar
@@ -33,6 +35,11 @@ def check_files(layout: Layout, directory: Path) -> None:
         ModelError: one does not.
 
     """
+    index = directory / SAFE_WEIGHTS_INDEX_NAME
+    if len(layout.files) > 1:
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if listed != {target.entry.name: name for name, targets in layout.files.items() for target in targets}:
+            raise ModelError(f"{index.name} does not list what was laid out; nothing was written")
     for name, targets in layout.files.items():
         wanted = {target.entry.name: (target.entry.shape, CODES[target.entry.dtype]) for target in targets}
         try:
@@ -111,8 +118,8 @@ def _with_adapter(adapter: Adapter, part: Part, module: nn.Module, base: Tensor,
         for token, values in zip(adapter.tokens(part), adapter.tensor(part.names["tokens"]), strict=True):
             if first <= token < first + len(base):
                 base[token - first] = values.float()
-    pieces = {name: _piece(kind, adapter.tensor(name).float(), rows) for kind, name in part.names.items()}
-    lora = {name: piece for name, piece in pieces.items() if "lora_" in name}
+    kinds = {kind: name for kind, name in part.names.items() if kind not in ("whole", "tokens")}
+    lora = {name: _piece(kind, adapter.tensor(name).float(), rows) for kind, name in kinds.items()}
     return _by_peft(adapter.config, part, module, base, lora) if lora else base
 
 
@@ -136,7 +143,7 @@ def _by_peft(config: LoraConfig, part: Part, module: nn.Module, base: Tensor, lo
     alone = copy.copy(config)
     alone.modules_to_save = alone.trainable_token_indices = None
     alone.lora_dropout, alone.init_lora_weights, alone.ensure_weight_tying = 0.0, False, False
-    tensors = {name.removeprefix("base_model.model."): values for name, values in lora.items()}
+    tensors = {name.removeprefix("base_model.model.").replace(".default", ""): values for name, values in lora.items()}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # an adapter's names may be older than the patterns of its config
         inject_adapter_in_model(alone, holder, state_dict=tensors)

@@ -14,6 +14,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -40,6 +41,7 @@ DTYPES = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 BLOCK = 2**20  # bytes that are read at once
+FLUSH = 2**28  # bytes after which the disk is set to work
 AHEAD = 32  # blocks that wait to be written
 
 
@@ -61,40 +63,47 @@ class Stored:
     def rows(self) -> int:
         return self.shape[0] if self.shape else 1
 
-    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+    @property
+    def row_bytes(self) -> int:
+        return self.bytes // max(1, self.rows)
+
+    def blocks(self, memory: Iterator[Tensor]) -> Iterator[tuple[int, Tensor]]:
         """All rows, some at a time, and the number of the first of them: `[rows, columns]`, a vector as a column.
 
-        The next block comes in the memory of this one.
+        Each block comes in the next piece of `memory`, or in its own where a row is larger than that.
         """
-        step = max(1, BLOCK * self.rows // max(1, self.bytes))
-        memory = torch.empty(step * self.bytes // max(1, self.rows), dtype=torch.uint8)
+        step = max(1, BLOCK // max(1, self.row_bytes))
         with self.path.open("rb", buffering=0) as file:
             for first in range(0, self.rows, step):
-                yield first, self._read(file, memory, first, min(step, self.rows - first))
+                count = min(step, self.rows - first)
+                yield first, self._read(file, room(memory, count * self.row_bytes), first, count)
 
     def some(self, first: int, count: int) -> Tensor:
         """Rows from `first` on: `[rows, columns]`."""
         count = min(count, self.rows - first)
-        memory = torch.empty(count * self.bytes // max(1, self.rows), dtype=torch.uint8)
         with self.path.open("rb", buffering=0) as file:
-            return self._read(file, memory, first, count)
+            return self._read(file, torch.empty(count * self.row_bytes, dtype=torch.uint8), first, count)
 
     def _read(self, file: FileIO, memory: Tensor, first: int, count: int) -> Tensor:
-        row = self.bytes // max(1, self.rows)
-        file.seek(self.start + first * row)
-        read = memory[: count * row]
-        _fill(file, _bytes(read), self.path)
-        return read.view(self.dtype).view(count, -1)
+        file.seek(self.start + first * self.row_bytes)
+        left = _bytes(memory)
+        while left:
+            read = file.readinto(left)
+            if not read:
+                raise ModelError(f"{self.path} ended before its weights did")
+            left = left[read:]
+        return memory.view(self.dtype).view(count, math.prod(self.shape[1:]))
 
-    def pieces(self) -> Iterator[memoryview]:
-        """Its bytes, some at a time. The next come in the memory of these."""
-        memory = memoryview(bytearray(BLOCK))
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self.start)
-            for at in range(0, self.bytes, BLOCK):
-                piece = memory[: min(BLOCK, self.bytes - at)]
-                _fill(file, piece, self.path)
-                yield piece
+
+def room(memory: Iterator[Tensor], size: int) -> Tensor:
+    """So many bytes of the next piece, or of their own where it is too small."""
+    piece = next(memory)
+    return piece[:size] if size <= len(piece) else torch.empty(size, dtype=torch.uint8)
+
+
+def pieces(count: int) -> Iterator[Tensor]:
+    """Memory for blocks: so many pieces, and then the first again. Fresh memory would take longer than the work."""
+    return itertools.cycle([torch.empty(BLOCK, dtype=torch.uint8) for _ in range(count)])
 
 
 def stored(path: Path) -> list[Stored]:
@@ -135,53 +144,35 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write(path: Path, entries: Sequence[Entry], content: Iterable[Tensor | Stored]) -> str:
-    """Writes a file from what its tensors are made of, in their order, while it comes; returns its SHA-256.
+def write(path: Path, entries: Sequence[Entry], blocks: Iterable[Tensor]) -> str:
+    """Writes a file from the blocks of its tensors in their order, while they come; returns its SHA-256.
 
-    Writing and hashing go on beside what makes the next block, each in a thread. The file is on the disk when this returns.
-
-    Args:
-        path: of the file.
-        entries: its tensors.
-        content: blocks of them, or whole tensors of another file, which the system copies. The memory of a block may be used
-            again when `AHEAD` more have come.
-
+    Writing, hashing and the disk go on beside what makes the next block. The file is on the disk when this returns. The memory
+    of a block may be used again when `AHEAD` more have come.
     """
     digest = hashlib.sha256()
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hashing, ThreadPoolExecutor(1) as writing:
+    with path.open("wb", buffering=0) as file, ExitStack() as threads:
+        hashing, writing, flushing = (threads.enter_context(ThreadPoolExecutor(1)) for _ in range(3))
         waiting: deque[Future[None]] = deque()
-        for data in itertools.chain([_header(entries)], content):
-            data = _bytes(data) if isinstance(data, Tensor) else data
-            waiting += [hashing.submit(_hash, digest, data), writing.submit(_put, file, data)]
+        flushed: list[Future[None]] = []
+        unflushed = 0
+        for data in itertools.chain([memoryview(_header(entries))], map(_bytes, blocks)):
+            waiting += [hashing.submit(digest.update, data), writing.submit(_put, file, data)]
             while len(waiting) > 2 * AHEAD:
                 waiting.popleft().result()
-        for future in waiting:
+            unflushed += len(data)
+            if unflushed > FLUSH:  # the disk would idle first and keep all waiting in the end
+                unflushed = 0
+                flushed.append(flushing.submit(os.fdatasync, file.fileno()))
+        for future in (*waiting, *flushed):
             future.result()
         os.fsync(file.fileno())
     return digest.hexdigest()
 
 
-def _hash(digest: Any, data: memoryview | bytes | Stored) -> None:
-    if isinstance(data, Stored):
-        for piece in data.pieces():
-            digest.update(piece)
-    else:
-        digest.update(data)
-
-
-def _put(file: FileIO, data: memoryview | bytes | Stored) -> None:
-    if not isinstance(data, Stored):
-        left = memoryview(data)
-        while left:
-            left = left[file.write(left) :]
-    elif hasattr(os, "copy_file_range"):  # Linux
-        with data.path.open("rb") as source:
-            at, end = data.start, data.start + data.bytes
-            while at < end:
-                at += os.copy_file_range(source.fileno(), file.fileno(), end - at, offset_src=at)
-    else:
-        for piece in data.pieces():
-            _put(file, piece)
+def _put(file: FileIO, data: memoryview) -> None:
+    while data:
+        data = data[file.write(data) :]
 
 
 def _header(entries: Sequence[Entry]) -> bytes:
@@ -197,14 +188,6 @@ def _header(entries: Sequence[Entry]) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _fill(file: FileIO, memory: memoryview, path: Path) -> None:
-    while memory:
-        read = file.readinto(memory)
-        if not read:
-            raise ModelError(f"{path} ended before its weights did")
-        memory = memory[read:]
 
 
 def _bytes(tensor: Tensor) -> memoryview:
