@@ -48,7 +48,7 @@ class Beside:
         base: str | None,
         dtype: torch.dtype | None,
     ) -> None:
-        """All of it but the manifest. `model` is the base without weights; None: what the adapter says, and the base's dtype."""
+        """All of it but the manifest. `model` is the base without weights; None: what the adapter says, the base's dtype."""
         _config_of_merged(config, model, untied=layout.untied, dtype=dtype).save_pretrained(str(self.directory))
         self._generation_config(stop_token).save_pretrained(str(self.directory))
         processor.save_pretrained(str(self.directory))
