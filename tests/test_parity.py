@@ -7,6 +7,7 @@ import shutil
 import socket
 from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -22,7 +23,7 @@ from vlmtune.families import find_family
 from vlmtune.images import Shrunk, load_image
 from vlmtune.model import read_processor
 from vlmtune.parity import Parity, command, parity
-from vlmtune.parity.client import as_openai, data_url
+from vlmtune.parity.client import RefusedError, Server, as_openai, data_url
 from vlmtune.serve.loading import load_served
 from vlmtune.serving import Template, Token, digest, pixels, read_serving, write_serving
 
@@ -274,8 +275,54 @@ def test_a_server_that_refuses_the_rows_or_says_nothing_is_broken(run: Run, url:
         assert verdicts(parity(other, run.adapter_dir, rows=1))["prompt"] == {"unproved"}
 
 
+def picky(*, knows_ids: bool) -> FastAPI:
+    """A server that refuses one question, and knows the field that asks for ids or not."""
+    app = FastAPI()
+
+    def answer(body: dict[str, Any]) -> JSONResponse:
+        if "Too much." in str(body["messages"]) or ("return_token_ids" in body and not knows_ids):
+            return JSONResponse({}, status_code=400)
+        return JSONResponse({"ids": "return_token_ids" in body})
+
+    app.get("/v1/models")(lambda: JSONResponse({}))
+    app.post("/v1/chat/completions")(answer)
+    return app
+
+
+@pytest.mark.parametrize("knows_ids", [True, False])
+def test_a_row_that_is_refused_does_not_cost_the_ids_of_the_next(knows_ids: bool) -> None:
+    def sample(text: str) -> dict[str, Any]:
+        turns = [{"role": "user", "content": text}, {"role": "assistant", "content": "x"}]
+        return {"messages": format_messages({"messages": turns})}
+
+    with running(picky(knows_ids=knows_ids)) as url:
+        server = Server(url, None, "colours", 10)
+        with pytest.raises(RefusedError):
+            server.ask(sample("Too much."), 1)
+        for _ in range(2):
+            assert server.ask(sample("a"), 1) == {"ids": knows_ids}
+
+
+def test_where_nothing_is_proved_it_is_said_and_strictly_a_failure(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with running(picky(knows_ids=True)) as silent:
+        command(silent, run.adapter_dir, rows=1)
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "No prompt and no picture is proved: the server does not tell what it made of them" in shown
+        with pytest.raises(typer.Exit) as caught:
+            command(silent, run.adapter_dir, rows=1, strict=True, as_json=True)
+    assert caught.value.exit_code == 1
+    assert json.loads(capsys.readouterr().out)["ok"] is False
+
+
+def test_code_of_a_directory_runs_only_where_it_is_allowed_to(run: Run, url: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="runs the code that came with its checkpoint: allow it with --trust-remote-code"):
+        parity(url, run.adapter_dir, rows=1, **{"model.trust_remote_code": True})
+    found = parity(url, run.adapter_dir, rows=1, trust_remote_code=True, **{"model.trust_remote_code": True})
+    assert verdicts(found) == EQUAL
+
+
 def test_the_command_says_by_its_code_whether_all_is_equal(run: Run, url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    command(url, run.adapter_dir, rows=1, as_json=True)
+    command(url, run.adapter_dir, rows=1, as_json=True, strict=True)
     assert json.loads(capsys.readouterr().out)["ok"] is True
     with pytest.raises(typer.Exit) as caught:
         command(url, run.adapter_dir, rows=1, model="another")

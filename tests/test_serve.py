@@ -7,11 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +34,12 @@ from vlmtune.errors import ModelError, OutputError
 from vlmtune.evaluation import answers
 from vlmtune.images import load_image
 from vlmtune.serve import Engine, command, serve
+from vlmtune.serve.limits import MOST_BYTES
 from vlmtune.serve.loading import load_served
+from vlmtune.serve.request import RequestError
 from vlmtune.serve.server import ROUTES, Cut, Reader, build_app
+from vlmtune.serve.web import fetch, is_public
+from vlmtune.serving import Token, read_serving, write_serving
 
 MakeRun = Callable[..., Run]
 
@@ -173,12 +180,35 @@ def test_fifty_requests_at_once_get_each_its_own_answer(run: Run, client: OpenAI
         assert list(threads.map(answer, range(50))) == expected
 
 
-def test_a_client_that_goes_away_is_not_waited_for(client: OpenAI) -> None:
-    _, message = row("green")
-    for _ in range(3):
-        with client.chat.completions.create(model="colours", messages=[message], stream=True) as stream:
-            next(iter(stream))
-    assert ask(client, message).message.content == "green"
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_is_not_waited_for(run: Run, stream: bool) -> None:
+    loaded = load_served(run.adapter_dir)
+    never = loaded.contract.model_copy(update={"stop": [Token(id=0, text="never")]})
+    begun, tokens = [], []
+
+    class Counting:
+        """The model, telling how many tokens it makes."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(loaded.model, name)
+
+        def generate(self, *, stopping_criteria: Any, **options: Any) -> Any:
+            begun.append(options["generation_config"].max_new_tokens)
+            criteria = [*stopping_criteria, lambda ids, scores, **_: tokens.append(1) or torch.zeros(1, dtype=torch.bool)]
+            return loaded.model.generate(stopping_criteria=criteria, **options)
+
+    with running(build_app(replace(loaded, contract=never, model=Counting()))) as url:
+        client = OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60)
+        for _ in range(3):
+            if stream:
+                with client.chat.completions.create(model="colours", messages=[USER], max_tokens=1900, stream=True) as pieces:
+                    next(iter(pieces))
+            else:
+                with pytest.raises(openai.APITimeoutError):
+                    client.with_options(timeout=0.3).chat.completions.create(model="colours", messages=[USER], max_tokens=1900)
+        ask(client, USER, max_tokens=1)
+    assert begun[-1] == 1
+    assert 0 < len(tokens) < 1900  # of 5700
 
 
 @pytest.mark.parametrize(
@@ -218,6 +248,9 @@ def test_a_call_comes_as_a_call_and_its_result_goes_back(checkpoint: Callable[[s
         (streamed,) = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
         assert streamed.function.model_dump() == found.function.model_dump()
         assert chunks[-1].choices[0].finish_reason == "tool_calls"
+        with pytest.raises(openai.BadRequestError, match="`parallel_tool_calls` is False: nothing keeps the model"):
+            create(asked, parallel_tool_calls=False)
+        assert create(asked, parallel_tool_calls=True).choices[0].finish_reason == "tool_calls"
         history = [asked, choice.message.model_dump(), {"role": "tool", "tool_call_id": found.id, "content": "dry"}]
         assert create(*history).choices[0].message.content == "No."
         with pytest.raises(openai.UnprocessableEntityError, match="asks for a tool, and the model did not call it"):
@@ -326,6 +359,7 @@ def body(*messages: Any, **fields: Any) -> dict[str, Any]:
         (body({"role": "user", "content": [WEB]}), "--fetch lets the server fetch addresses"),
         (body({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}), "picture"),
         (body({"role": "user", "content": '\ud800'}), "half of a UTF-16 pair"),
+        (body(parallel_tool_calls="no"), "`parallel_tool_calls` is 'no'"),
         (body(tools=[{"type": "function"}]), "tool 1 in column 'tools' has no name"),
         (body(tools=[{"type": "function", "function": {"name": "f"}}]), "has tools, and the chat template"),
         (body(stream=True, return_token_ids=True), "does not go with `stream`"),
@@ -338,6 +372,144 @@ def test_a_wrong_request_gets_a_sentence_and_the_server_lives(client: OpenAI, wr
     assert sentence in said["error"]["message"]
     assert "\n" not in said["error"]["message"]
     assert ask(client, USER, max_tokens=1).message.content is not None
+
+
+# ---- requests that cost too much
+
+
+def test_a_body_that_is_too_large_is_refused_and_the_next_one_is_not(client: OpenAI) -> None:
+    status, said = post(client, "chat/completions", json.dumps(body(user="a" * MOST_BYTES)).encode())
+    assert (status, said["error"]["code"]) == (413, 413)
+    assert said["error"]["message"] == "the request's body has more than 64 MiB, which is the limit."
+    assert ask(client, USER, max_tokens=1, user="a" * (MOST_BYTES // 2)).message.content is not None
+
+
+def test_pictures_are_counted_and_measured_before_any_is_decoded(client: OpenAI) -> None:
+    small = seen_and_asked(picture_url(Image.new("1", (40, 40))), "a")
+    large = seen_and_asked(picture_url(Image.new("1", (8000, 7000))), "a")
+    both = {**large, "content": large["content"] * 2}
+    status, said = post(client, "chat/completions", json.dumps(body(both)).encode())
+    assert status == 400
+    assert "the pictures have 112,000,000 pixels together, the limit is 100,000,000" in said["error"]["message"]
+    many = {**small, "content": small["content"][:1] * 65 + small["content"][1:]}
+    _, said = post(client, "chat/completions", json.dumps(body(many)).encode())
+    assert said["error"]["message"] == "the request has 65 pictures, the limit is 64."
+
+
+def test_a_prompt_that_is_too_long_is_told_before_its_pictures_are_decoded(run: Run, client: OpenAI) -> None:
+    kind, _, data = picture_url(Image.effect_noise((300, 300), 80)).partition(",")
+    damaged = f"{kind},{data[: len(data) // 8 * 4]}"  # has a header, and no second half
+    one = seen_and_asked(damaged, "a")
+    status, said = post(client, "chat/completions", json.dumps(body(one)).encode())
+    assert (status, "truncated or damaged" in said["error"]["message"]) == (400, True)
+    (length,) = run.prompter.lengths([{"messages": format_messages({"messages": [one]}, images=[], prompt_only=True)}])
+    many = {**one, "content": one["content"][:1] * 60 + [{"type": "text", "text": "a" * 2048}]}
+    assert length < 2048
+    _, said = post(client, "chat/completions", json.dumps(body(many)).encode())
+    assert "the prompt has at least" in said["error"]["message"]
+    assert "the model has positions for 2048" in said["error"]["message"]
+
+
+class Site(BaseHTTPRequestHandler):
+    """Answers with a picture, late, elsewhere, endlessly or not at all."""
+
+    asked: list[str]
+    let_go: threading.Event
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        if self.path == "/slow":
+            self.let_go.wait(20)
+        if self.path.startswith("/to"):
+            self.send_response(302)
+            self.send_header("Location", self.path.removeprefix("/to"))
+        else:
+            self.send_response(200 if self.path in ("/red", "/slow", "/endless") else 404)
+        self.end_headers()
+        if self.path in ("/red", "/slow"):
+            Image.new("RGB", (40, 50), COLOURS["red"]).save(self.wfile, "PNG")
+        try:
+            while self.path == "/endless":
+                self.wfile.write(bytes(2**16))
+        except OSError:
+            pass
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+@pytest.fixture
+def site() -> Generator[str]:
+    Site.asked, Site.let_go = [], threading.Event()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Site) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        Site.let_go.set()
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("8.8.8.8", True),
+        ("2606:4700::1111", True),
+        ("127.0.0.1", False),
+        ("10.1.2.3", False),
+        ("192.168.0.1", False),
+        ("100.64.0.1", False),
+        ("169.254.169.254", False),
+        ("0.0.0.0", False),
+        ("224.0.0.1", False),
+        ("::1", False),
+        ("fe80::1%eth0", False),
+        ("fd00::1", False),
+        ("::ffff:127.0.0.1", False),
+    ],
+)
+def test_addresses_of_machines_and_networks_behind_the_server_are_not_public(address: str, public: bool) -> None:
+    assert is_public(address) is public
+
+
+def test_nothing_is_asked_of_a_host_that_is_not_public(run: Run, site: str) -> None:
+    port = site.rpartition(":")[2]
+    sentence = "cannot be fetched: wanted the address of a file on a public host"
+    with served(run.adapter_dir, from_web=True) as client:
+        for host in ("127.0.0.1", "localhost", "[::1]", "0.0.0.0", "[::ffff:127.0.0.1]", "2130706433"):
+            picture = seen_and_asked(f"http://{host}:{port}/red", "a")
+            status, said = post(client, "chat/completions", json.dumps(body(picture)).encode())
+            assert (status, sentence in said["error"]["message"]) == (400, True)
+    assert Site.asked == []
+
+
+def test_a_fetched_picture_is_like_one_that_is_sent(run: Run, site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlmtune.serve.web.is_public", lambda address: True)
+    with served(run.adapter_dir, from_web=True) as client:
+        asked, message = row("red")
+        for path in ("/red", "/to/red", f"/to{site}/red"):
+            at = seen_and_asked(site + path, message["content"][1]["text"])
+            assert ask(client, at).message.content.strip() == run.generate(asked)
+        waiting = ThreadPoolExecutor(1).submit(ask, client, seen_and_asked(f"{site}/slow", message["content"][1]["text"]))
+        while "/slow" not in Site.asked:
+            time.sleep(0.01)
+        assert ask(client, message).message.content.strip() == run.generate(asked)  # nobody waits for it but who asked
+        assert not waiting.done()
+        Site.let_go.set()
+        assert waiting.result(20).message.content.strip() == run.generate(asked)
+
+
+def test_what_cannot_be_fetched_is_told_without_the_reason(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    private = "127.0.0.2"
+    monkeypatch.setattr("vlmtune.serve.web.is_public", lambda address: address != private)
+    said = set()
+    for path in ("/missing", "/to/missing", f"/to{site.replace('127.0.0.1', private)}/red", "/tofile:///etc/passwd", "/to"):
+        with pytest.raises(RequestError) as caught:
+            fetch(site + path, most=2**20)
+        said.add(str(caught.value).replace(path, ""))
+    assert len(said) == 1
+    assert "404" not in said.pop()
+    with pytest.raises(RequestError, match="cannot be fetched"):
+        fetch(f"{site}/a b\r\nHost: c", most=2**20)
+    with pytest.raises(RequestError, match="the pictures to fetch have more than 64 MiB"):
+        fetch(f"{site}/endless", most=2**20)
 
 
 def post(client: OpenAI, path: str, data: bytes | None) -> tuple[int, dict[str, Any]]:
@@ -384,6 +556,22 @@ def test_a_directory_that_is_no_longer_as_trained_is_refused(run: Run, tmp_path:
     (copy / "chat_template.jinja").write_text((copy / "chat_template.jinja").read_text() + " ")
     with pytest.raises(ModelError, match=r"is not as it was trained: chat_template\.jinja is another chat template"):
         serve(copy, port=0)
+    with pytest.raises(ModelError, match="is not as it was trained"):
+        command(copy, engine=Engine.vllm)
+
+
+def test_code_of_a_directory_runs_only_where_it_is_allowed_to(run: Run, tmp_path: Path) -> None:
+    shutil.copytree(run.adapter_dir, tmp_path / "copy")
+    found = read_serving(run.adapter_dir)
+    trusting = found.model_copy(update={"model": found.model.model_copy(update={"trust_remote_code": True})})
+    write_serving(tmp_path / "copy", trusting, tmp_path / "copy")
+    sentence = "copy runs the code that came with its checkpoint: allow it with --trust-remote-code"
+    for start in (lambda: serve(tmp_path / "copy", port=0), lambda: command(tmp_path / "copy", engine=Engine.vllm)):
+        with pytest.raises(ModelError, match=sentence):
+            start()
+    assert load_served(tmp_path / "copy", trust_remote_code=True).contract == trusting
+    with pytest.raises(ModelError, match=r"vLLM is not installed here; where it is: vllm serve .* --trust-remote-code --host"):
+        command(tmp_path / "copy", engine=Engine.vllm, trust_remote_code=True)
 
 
 def test_a_base_that_has_moved_is_named_and_another_one_refused(

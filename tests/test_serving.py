@@ -162,6 +162,7 @@ def test_remote_code_and_a_language_model_have_their_own_options(tmp_path: Path)
     found = CONTRACT.model_copy(update={"kind": "merged", "model": trusting, "pixels": {}, "context": None})
     for server in ("vllm", "transformers"):
         assert commands(found, Path("a"))[server][-1] == "--trust-remote-code"
+    assert commands(found, Path("a"))["vlmtune"] == ["python", "-m", "vlmtune.serve", "a", "--trust-remote-code"]
     line = shlex.join(commands(found, Path("a"))["vllm"])
     assert "--chat-template-content-format string" in line
     for option in ("--revision", "--max-model-len", "--mm-processor-kwargs"):

@@ -200,7 +200,10 @@ def commands(found: Serving, directory: Path) -> dict[str, list[str]]:
     https://docs.vllm.ai/en/stable/cli/serve.html
     """
     own, trust = str(directory), ["--trust-remote-code"] if found.model.trust_remote_code else []
-    started = {"vlmtune": ["python", "-m", "vlmtune.serve", own], "vllm": ["vllm", "serve", *_vllm(found, directory), *trust]}
+    started = {
+        "vlmtune": ["python", "-m", "vlmtune.serve", own, *trust],
+        "vllm": ["vllm", "serve", *_vllm(found, directory), *trust],
+    }
     if found.kind == "merged":  # transformers' own loads no adapter with the processor beside it
         started["transformers"] = ["transformers", "serve", own, "--dtype", found.model.dtype, *trust]
     return started

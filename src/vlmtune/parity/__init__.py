@@ -26,7 +26,7 @@ from vlmtune.families import find_family
 from vlmtune.model import load_config, load_processor, read_processor
 from vlmtune.parity.client import Server
 from vlmtune.parity.compared import Finding, compare
-from vlmtune.recipe import Recipe, load_recipe, parse_overrides
+from vlmtune.recipe import ModelSection, Recipe, load_recipe, parse_overrides
 from vlmtune.serving import RECIPE, Serving, digest, faults, read_serving
 
 COLOURS = {"equal": "green", "broken": "bold red", "unproved": "yellow"}
@@ -44,16 +44,29 @@ class Parity:
     def broken(self) -> tuple[Finding, ...]:
         return tuple(finding for finding in self.findings if finding.verdict == "broken")
 
+    @property
+    def unproved(self) -> tuple[Finding, ...]:
+        return tuple(finding for finding in self.findings if finding.verdict == "unproved")
+
+    @property
+    def nothing_proved(self) -> bool:
+        """Whether the server told of no row what the model was shown."""
+        return not any(finding.verdict != "unproved" for finding in self.findings if finding.what in ("prompt", "pictures"))
+
     def print(self) -> None:
         """Shows a line for each thing compared, then what is broken."""
-        table = Table(title=f"{self.url} beside {self.directory}", title_justify="left", title_style="bold")
+        table = Table(
+            title=f"{self.url} beside {self.directory}", title_justify="left", title_style="bold", caption_justify="left"
+        )
         for name in ("what", "equal", "broken", "unproved"):
             table.add_column(name)
         for what in dict.fromkeys(finding.what for finding in self.findings):
             counts = Counter(finding.verdict for finding in self.findings if finding.what == what)
             table.add_row(what, *(str(counts[verdict]) if counts[verdict] else "" for verdict in COLOURS))
+        if self.nothing_proved:
+            table.caption = "No prompt and no picture is proved: the server does not tell what it made of them"
         console.print(table)
-        unproved = {finding.what: finding for finding in self.findings if finding.verdict == "unproved"}
+        unproved = {finding.what: finding for finding in self.unproved}
         for finding in (*self.broken, *unproved.values()):
             where = finding.where if finding.verdict == "broken" else "not proved"
             line = f"{where}: {finding.what}: {finding.detail}"
@@ -68,6 +81,7 @@ def parity(
     recipe: str | Path | None = None,
     model: str | None = None,
     timeout: float = 300,
+    trust_remote_code: bool = False,
     **overrides: Any,
 ) -> Parity:
     """What a running server makes of rows of the training set, beside what training made of them.
@@ -79,6 +93,7 @@ def parity(
         recipe: another than the one in the directory.
         model: by which name to ask; None: the contract's, where the server has it.
         timeout: seconds to wait for an answer.
+        trust_remote_code: run the code of a checkpoint that comes with its own.
         overrides: values of the recipe by dotted key, such as where the data lie now.
 
     Raises:
@@ -89,16 +104,23 @@ def parity(
         raise RecipeError(f"{rows} rows prove nothing: ask for one or more")
     directory = Path(directory)
     found = read_serving(directory)
+    _check_trust(found.model, directory, trust_remote_code=trust_remote_code)
     server = Server(url, model, found.name, timeout)
     if recipe is None and not (directory / RECIPE).exists():
         raise RecipeError(f"{directory} has no {RECIPE}: name the one it was trained by with --recipe")
     checked = load_recipe(recipe or directory / RECIPE, **overrides)
+    _check_trust(checked.model, directory, trust_remote_code=trust_remote_code)
     collator = _as_trained(checked, found, directory)
     findings = _contract(found, directory, collator)
     chosen = _chosen(checked, collator, rows)
     for position in bar(range(len(chosen)), "Asking the server"):
         findings += compare(chosen[position], server, collator, found)
     return Parity(server.url, str(directory), tuple(findings))
+
+
+def _check_trust(section: ModelSection, directory: Path, *, trust_remote_code: bool) -> None:
+    if section.trust_remote_code and not trust_remote_code:
+        raise ModelError(f"{directory} runs the code that came with its checkpoint: allow it with --trust-remote-code")
 
 
 def _as_trained(recipe: Recipe, found: Serving, directory: Path) -> MultimodalCollator:
@@ -138,14 +160,20 @@ def command(
     recipe: Annotated[Path | None, typer.Option(help="Another recipe than the directory's.")] = None,
     model: Annotated[str | None, typer.Option(help="The name to ask for, if it is another than the contract's.")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer.")] = 300,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code of a checkpoint that comes with its own.")
+    ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="What is unproved is as bad as what is broken.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one object.")] = False,
 ) -> None:
     """Prove that a server asks a tuned model as it was trained. Ends with 0 if it does, with 1 if not."""
     given = parse_overrides(overrides or [])
+    given |= {"trust_remote_code": trust_remote_code}
     found = parity(url, directory, rows=rows, recipe=recipe, model=model, timeout=timeout, **given)
+    bad = found.broken or (strict and found.unproved)
     if as_json:
-        sys.stdout.write(json.dumps({**asdict(found), "ok": not found.broken}, indent=1, ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps({**asdict(found), "ok": not bad}, indent=1, ensure_ascii=False) + "\n")
     else:
         found.print()
-    if found.broken:
+    if bad:
         raise typer.Exit(1)

@@ -36,12 +36,14 @@ class Server:
         body: dict[str, Any] = {"messages": [as_openai(message) for message in asked], "max_tokens": most_tokens}
         body |= {"temperature": 0} | ({"model": self._model} if self._model else {})
         body |= {"tools": asked[0]["tools"]} if "tools" in asked[0] else {}
-        if self._tells_ids:
-            try:
-                return self._call("/chat/completions", {**body, "return_token_ids": True})
-            except RefusedError:
-                self._tells_ids = False  # transformers' own refuses fields that it does not know
-        return self._call("/chat/completions", body)
+        if not self._tells_ids:
+            return self._call("/chat/completions", body)
+        try:
+            return self._call("/chat/completions", {**body, "return_token_ids": True})
+        except RefusedError:
+            answer = self._call("/chat/completions", body)  # raises where it was the row that is refused
+            self._tells_ids = False  # transformers' own refuses fields that it does not know
+            return answer
 
     def _listed(self) -> list[str]:
         try:

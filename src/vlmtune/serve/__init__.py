@@ -38,6 +38,7 @@ def serve(
     base: str | None = None,
     from_web: bool = False,
     use_cpu: bool = False,
+    trust_remote_code: bool = False,
 ) -> None:
     """Serves a run's directory or a merged model with transformers' own server, until it is interrupted.
 
@@ -48,6 +49,7 @@ def serve(
         base: hub id or directory of an adapter's base, if it has moved.
         from_web: fetch pictures that a request names by address; else they come as data URLs.
         use_cpu: leave a GPU alone.
+        trust_remote_code: run the code of a checkpoint that comes with its own.
 
     Raises:
         ModelError: no contract, files that do not keep it, a model that cannot be loaded, or packages that are missing.
@@ -63,7 +65,7 @@ def serve(
     from vlmtune.serve.loading import load_served
     from vlmtune.serve.server import build_app
 
-    served = load_served(directory, base=base, use_cpu=use_cpu)
+    served = load_served(directory, base=base, use_cpu=use_cpu, trust_remote_code=trust_remote_code)
     url = f"http://{host}:{listening.getsockname()[1]}/v1"
     decisions("Served", {**in_words(served.contract), "device": served.model.device, "server": "transformers", "URL": url})
     uvicorn.Server(uvicorn.Config(build_app(served, from_web=from_web), log_level="warning")).run(sockets=[listening])
@@ -94,8 +96,11 @@ def _listen(host: str, port: int) -> socket.socket:
         raise OutputError(f"{host}:{port} cannot be listened on ({reason}): name another --port, or 0 for a free one") from None
 
 
-def _start_vllm(directory: Path, found: Serving, options: list[str]) -> None:
+def _start_vllm(directory: Path, options: list[str], *, base: str | None, trust_remote_code: bool) -> None:
     """Makes this process vLLM's."""
+    from vlmtune.serve.loading import read_kept
+
+    found, _, _ = read_kept(directory, base=base, trust_remote_code=trust_remote_code)
     arguments = [*commands(found, directory)["vllm"], *options]
     if shutil.which("vllm") is None:
         raise ModelError(f"vLLM is not installed here; where it is: {shlex.join(arguments)}")
@@ -112,11 +117,23 @@ def command(
     base: Annotated[str | None, typer.Option(help="Hub id or directory of an adapter's base, if it has moved.")] = None,
     fetch: Annotated[bool, typer.Option("--fetch", help="Fetch pictures that a request names by address.")] = False,
     cpu: Annotated[bool, typer.Option("--cpu", help="Leave a GPU alone.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code of a checkpoint that comes with its own.")
+    ] = False,
 ) -> None:
     """Serve a tuned model behind OpenAI's interface, with the template, pixels and stop tokens that it was trained with."""
     if engine is Engine.vllm or (engine is Engine.auto and shutil.which("vllm") is not None and not cpu):
-        _start_vllm(directory, read_serving(directory, base=base), ["--host", host, "--port", str(port), *(options or [])])
+        more = ["--host", host, "--port", str(port), *(options or [])]
+        _start_vllm(directory, more, base=base, trust_remote_code=trust_remote_code)
     elif options:
         raise ModelError(f"{shlex.join(options)}: options after -- are vLLM's, and the server is transformers'")
     else:
-        serve(directory, host=host, port=port, base=base, from_web=fetch, use_cpu=cpu)
+        serve(
+            directory,
+            host=host,
+            port=port,
+            base=base,
+            from_web=fetch,
+            use_cpu=cpu,
+            trust_remote_code=trust_remote_code,
+        )

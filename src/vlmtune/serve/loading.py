@@ -14,7 +14,15 @@ from safetensors.torch import load_file
 from vlmtune.collator import MultimodalCollator
 from vlmtune.errors import ModelError, one_line
 from vlmtune.families import Family, find_family
-from vlmtune.model import compute_dtype, keep_training_layout, load_base, old_names_allowed, read_model, read_processor
+from vlmtune.model import (
+    Processor,
+    compute_dtype,
+    keep_training_layout,
+    load_base,
+    old_names_allowed,
+    read_model,
+    read_processor,
+)
 from vlmtune.serving import Serving, faults, read_serving
 
 
@@ -28,26 +36,42 @@ class Served:
     collator: MultimodalCollator
 
 
-def load_served(directory: Path, *, base: str | None = None, use_cpu: bool = False) -> Served:
+def load_served(directory: Path, *, base: str | None = None, use_cpu: bool = False, trust_remote_code: bool = False) -> Served:
     """The model of a run's directory or of a merged one, in the dtype and quantisation that it was trained in.
 
     Args:
         directory: with a contract.
         base: hub id or directory of an adapter's base, if it is no longer where it was trained.
         use_cpu: leave a GPU alone.
+        trust_remote_code: run the code of a checkpoint that comes with its own.
 
     Raises:
         ModelError: no contract, files that do not keep it, or a model that cannot be loaded.
 
     """
+    found, family, processor = read_kept(directory, base=base, trust_remote_code=trust_remote_code)
+    collator = MultimodalCollator(processor, family, train_on_inputs=True, chat_template=processor.chat_template)
+    read = _with_adapter if found.kind == "adapter" else _merged
+    return Served(directory, found, read(found, directory, family, use_cpu=use_cpu), collator)
+
+
+def read_kept(
+    directory: Path, *, base: str | None = None, trust_remote_code: bool = False
+) -> tuple[Serving, Family, Processor]:
+    """A directory's contract, its model's family and its processor, if the files are what the contract says.
+
+    Raises:
+        ModelError: no contract, files that do not keep it, or code in it that nobody has allowed to run.
+
+    """
     found = read_serving(directory, base=base)
+    if found.model.trust_remote_code and not trust_remote_code:
+        raise ModelError(f"{directory} runs the code that came with its checkpoint: allow it with --trust-remote-code")
     family = find_family(found.model.family)
     processor = read_processor(found.model, family, directory)
     if wrong := faults(found, directory, processor):
         raise ModelError(f"{directory} is not as it was trained: {'; '.join(wrong)}")
-    collator = MultimodalCollator(processor, family, train_on_inputs=True, chat_template=processor.chat_template)
-    read = _with_adapter if found.kind == "adapter" else _merged
-    return Served(directory, found, read(found, directory, family, use_cpu=use_cpu), collator)
+    return found, family, processor
 
 
 def _with_adapter(found: Serving, directory: Path, family: Family, *, use_cpu: bool) -> Any:

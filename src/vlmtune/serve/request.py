@@ -81,13 +81,13 @@ class ChatRequest(BaseModel):
     logit_bias: dict[str, float] | None = Field(default=None, max_length=0)
     response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
+    parallel_tool_calls: bool | None = None  # false where there are no tools
 
     # what does not change an answer
     user: Any = None
     metadata: Any = None
     store: Any = None
     service_tier: Any = None
-    parallel_tool_calls: Any = None
     safety_identifier: Any = None
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
@@ -137,6 +137,9 @@ def read_request(body: Mapping[str, Any], *, served: str) -> ChatRequest:
         raise RequestError(f"model {asked.model!r} is not served here, {served!r} is.", field="model", status=404)
     if asked.stream and asked.return_token_ids:
         raise RequestError("`return_token_ids` does not go with `stream`: leave one out.", field="return_token_ids")
+    if asked.parallel_tool_calls is False and asked.calls:
+        said = "`parallel_tool_calls` is False: nothing keeps the model from several calls, so leave it out."
+        raise RequestError(said, field="parallel_tool_calls")
     return asked
 
 

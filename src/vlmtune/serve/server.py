@@ -37,13 +37,18 @@ from transformers.cli.serving.utils import (
 )
 from transformers.utils.chat_parsing import ResponseParser
 
+from vlmtune.collator import pictures
 from vlmtune.errors import DatasetError, one_line
+from vlmtune.messages import Message
 from vlmtune.model import evaluating, on_device
+from vlmtune.serve.limits import MOST_BYTES, Door, check_number, check_pixels
 from vlmtune.serve.loading import Served
 from vlmtune.serve.request import ChatRequest, RequestError, read_messages, read_request
+from vlmtune.serve.web import fetched, names_address
 from vlmtune.serving import seen
 
 ROUTES = ("/v1/chat/completions", "/v1/models", "/health")
+FETCHERS = 16  # pictures' addresses that are waited for at once
 
 
 def build_app(served: Served, *, from_web: bool = False) -> FastAPI:
@@ -60,6 +65,8 @@ def build_app(served: Served, *, from_web: bool = False) -> FastAPI:
     others: Any = None  # their routes go
     app = build_server(manager, chat, others, others, others, others, state)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in ROUTES]
+    too_large = RequestError(f"the request's body has more than {MOST_BYTES >> 20} MiB, which is the limit.", status=413)
+    app.add_middleware(Door, too_large=_answer(too_large))
     app.add_exception_handler(RequestError, _refused)
     app.add_exception_handler(RequestValidationError, _unreadable)
     app.add_exception_handler(HTTPException, _no_such_route)
@@ -177,10 +184,15 @@ class Chat(ChatCompletionHandler):
         self._model = Answering(served.model)
         self._tokenizer = served.collator.tokenizer
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="reader")  # two would set one tokenizer's padding at once
+        self._fetchers = ThreadPoolExecutor(FETCHERS, thread_name_prefix="fetcher")
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> StreamingResponse | JSONResponse:
         asked = read_request(body, served=self._contract.name)
-        batch = await asyncio.get_running_loop().run_in_executor(self._reader, self._prompt, asked)
+        loop = asyncio.get_running_loop()
+        messages = await loop.run_in_executor(self._reader, self._messages, asked)
+        if any(map(names_address, messages)):
+            messages = await loop.run_in_executor(self._fetchers, fetched, messages)
+        batch = await loop.run_in_executor(self._reader, self._prompt, messages)
         length = batch["input_ids"].shape[1]
         watch = Watch(self._tokenizer, asked.stops, length)
         items = self._items(asked, batch, self._options(asked, length), watch, request_id)
@@ -188,11 +200,21 @@ class Chat(ChatCompletionHandler):
             return StreamingResponse(self._chunks(asked, items, watch, length, request_id), media_type="text/event-stream")
         return await self._whole(asked, items, watch, batch, request_id)
 
-    def _prompt(self, asked: ChatRequest) -> dict[str, Tensor]:
-        """What the model is given: by the same code as in training and in `Run.generate`."""
+    def _messages(self, asked: ChatRequest) -> list[Message]:
         messages = read_messages(asked, from_web=self._from_web)
+        check_number(messages)
+        return messages
+
+    def _prompt(self, messages: list[Message]) -> dict[str, Tensor]:
+        """What the model is given: by the same code as in training and in `Run.generate`."""
+        row = {"messages": messages, "name": "the request"}
+        check_pixels(messages)
         try:
-            return self._served.collator.prompts([{"messages": messages, "name": "the request"}])
+            if self._contract.context and pictures(row):  # before any of them is decoded
+                (least,) = self._served.collator.lengths([row])  # without the beginning of the answer
+                if least > self._contract.context:
+                    raise _too_long(f"at least {least}", self._contract.context)
+            return self._served.collator.prompts([row])
         except DatasetError as error:
             raise RequestError(str(error), field="messages") from None
 
@@ -200,11 +222,7 @@ class Chat(ChatCompletionHandler):
         """Greedy unless a temperature is asked for, and never longer than the model has positions for."""
         room = self._contract.context - length if self._contract.context else None
         if room is not None and room < (asked.most_tokens or 1):
-            wanted = f" and {asked.most_tokens} are asked for" if asked.most_tokens else ""
-            raise RequestError(
-                f"the prompt has {length} tokens{wanted}, and the model has positions for {self._contract.context}.",
-                field="max_tokens" if room > 0 else "messages",
-            )
+            raise _too_long(str(length), self._contract.context, asked.most_tokens if room > 0 else None)
         longest = asked.most_tokens or min(self._contract.max_new_tokens, room or self._contract.max_new_tokens)
         config = copy.deepcopy(self._model.generation_config)
         config.update(
@@ -305,6 +323,12 @@ class Chat(ChatCompletionHandler):
     def _finish_reason(self, watch: Watch, *, called: bool) -> str:
         ended = watch.stopped or watch.ids[-1:] == [] or watch.ids[-1] in [token.id for token in self._contract.stop]
         return "tool_calls" if called else "stop" if ended else "length"
+
+
+def _too_long(length: str, context: int | None, most_tokens: int | None = None) -> RequestError:
+    wanted = f" and {most_tokens} are asked for" if most_tokens else ""
+    said = f"the prompt has {length} tokens{wanted}, and the model has positions for {context}."
+    return RequestError(said, field="max_tokens" if most_tokens else "messages")
 
 
 def _overlap(text: str, stop: str) -> str:
