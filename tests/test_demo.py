@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 def test_the_demo_learns_from_pictures_it_has_never_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     metrics = finetune("recipes/demo.yaml", **{"train.output_dir": str(tmp_path / "demo")}).metrics
+    assert metrics["doctor_seconds"] <= 20
     assert metrics["base_accuracy"] <= 0.2
     assert metrics["tuned_accuracy"] >= 0.9
     assert metrics["blank_accuracy"] <= 0.25  # a guess among the products of a category

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from vlmtune import ModelError, MultimodalCollator, load_recipe
+from vlmtune import ModelError, MultimodalCollator, finetune, load_recipe
 from vlmtune.checks import Finding, Patient, look
 from vlmtune.console import command_line, console
 from vlmtune.data import Rows, Split, spread
@@ -701,6 +702,49 @@ def test_faults_of_the_machine(admitted: Admit) -> None:
     assert "save_total_limit" in found["environment: disk"].remedy
 
 
+SAVED = [  # of 8 rows, 4 a step: two steps an epoch
+    ({"max_steps": -1, "num_train_epochs": 3}, 3),
+    ({"max_steps": 5}, 3),
+    ({"max_steps": 100, "save_strategy": "steps", "save_steps": 10}, 10),
+    ({"max_steps": -1, "num_train_epochs": 3, "save_strategy": "steps", "save_steps": 4}, 2),  # the last step is saved, too
+    ({"max_steps": 100, "save_strategy": "steps", "save_steps": 0.25}, 4),
+    ({"max_steps": 100, "save_strategy": "steps", "save_steps": 10, "save_total_limit": 2}, 3),  # and the one being written
+    ({"max_steps": 100, "save_strategy": "steps", "save_steps": 60, "save_total_limit": 5}, 2),
+    ({"max_steps": 100, "save_strategy": "no"}, 0),
+    ({"max_steps": 100, "save_strategy": "best", "eval_strategy": "steps", "eval_steps": 20}, 5),  # at each evaluation
+]
+
+
+@pytest.mark.parametrize(("train", "count"), SAVED)
+def test_room_is_wanted_for_the_checkpoints_that_lie_there_at_once(admitted: Admit, train: dict[str, Any], count: int) -> None:
+    best = {"data.eval_rows": 2, "eval.early_stop_patience": 9} if train.get("save_strategy") == "best" else {}
+    patient = admitted("text", **best, **{f"train.{key}": value for key, value in train.items()})
+    assert f"the adapter, {count} checkpoint{'s' * (count != 1)} take" in told(patient, "environment: disk").found
+
+
+def test_the_weights_of_a_hub_id_are_looked_for_in_the_hubs_cache(
+    admitted: Admit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--shop--model" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--shop--model" / "refs").mkdir()
+    (tmp_path / "models--shop--model" / "refs" / "main").write_text("0" * 40)
+    patient = admitted("text")
+    patient = replace(patient, recipe=load_recipe(patient.recipe, **{"model.name": "shop/model"}))
+    patient = replace(patient, machine=replace(patient.machine, free_memory=2**20))
+    assert told(patient, "environment: memory").verdict == "warning"
+    (snapshot / "config.json").write_text("{}")
+    (snapshot / "model.safetensors.index.json").write_text('{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}')
+    (snapshot / "1.safetensors").write_bytes(bytes(2**20))
+    found = told(patient, "environment: memory")
+    assert found.verdict == "warning"
+    assert found.found.startswith("not known: the weights of shop/model are neither")
+    (snapshot / "2.safetensors").write_bytes(bytes(2**20))
+    found = told(patient, "environment: memory")
+    assert (found.verdict, found.found) == ("failure", "the weights take about 2 MiB, and 1 MiB are free")
+
+
 # ---- at the start of a run
 
 
@@ -710,7 +754,7 @@ def test_at_start_leaves_a_healthy_run_as_it_is(admitted: Admit, capsys: pytest.
     before = {name: value.clone() for name, value in model.state_dict().items()}
     random = torch.get_rng_state()
     capsys.readouterr()
-    at_start(patient.recipe, patient.collator, patient.split, model, [50] * len(patient.split.train))
+    at_start(patient.recipe, patient.collator, patient.split, model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(weight.grad is None for weight in model.parameters())
     assert torch.equal(torch.get_rng_state(), random)
@@ -738,6 +782,21 @@ def test_at_start_stops_a_run_that_would_fail_in_silence(admitted: Admit) -> Non
         weight.requires_grad_(False)
     with pytest.raises(ModelError, match=r"adapter: gradients: B of 14 LoRA modules is frozen.*remedy: leave"):
         at_start(patient.recipe, patient.collator, patient.split, patient.model)
+
+
+def test_a_run_says_how_long_it_was_examined_and_that_it_was_not(
+    recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shown(**options: Any) -> tuple[dict[str, Any], str]:
+        run = finetune(recipe("text", doctor=True), overwrite=True, **options)
+        return run.metrics, " ".join(capsys.readouterr().out.replace("│", "").split())
+
+    metrics, table = shown()
+    assert 0 <= metrics["doctor_seconds"] <= 20
+    assert re.search(r"doctor no failure, in \d+\.\d s", table)
+    metrics, table = shown(collator=MultimodalCollator(load_processor(load_recipe(recipe("text")))[0]))
+    assert metrics["doctor_seconds"] is None
+    assert "doctor left out: a collator of your own, which vlmtune.doctor.examine takes" in table
 
 
 # ---- the command line

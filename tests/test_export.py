@@ -10,14 +10,14 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import real_vocab
 import tiny
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import KINDS
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,8 +28,11 @@ from vlmtune.console import command_line
 from vlmtune.data import load_data, spread
 from vlmtune.export import command
 from vlmtune.export.llama import interleaved, is_metas, params
+from vlmtune.export.merged import open_merged
 from vlmtune.families import find_family
 from vlmtune.model import read_processor
+from vlmtune.recipe import ModelSection
+from vlmtune.serving import Serving, Template, digest, read_serving, write_serving
 
 MakeMerged = Callable[..., Path]
 FRESH = """
@@ -200,6 +203,26 @@ def test_metas_code_computes_the_width_from_params_json(dim: int, width: int) ->
     assert args["multiple_of"] * -(-hidden // args["multiple_of"]) == width
 
 
+def test_tensors_that_transformers_reads_over_are_left_out_and_named(merged: MakeMerged, tmp_path: Path) -> None:
+    directory = merged("text")
+    for place in (directory, shutil.copytree(directory, tmp_path / "strange")):
+        weights = load_file(place / "model.safetensors")
+        half = {name: tensor.bfloat16() for name, tensor in weights.items()}
+        frequencies = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(8) for layer in range(2)}
+        strange = {"model.layers.0.self_attn.other": torch.ones(8)} if place.name == "strange" else {}
+        save_file({**half, **frequencies, **strange}, place / "model.safetensors", metadata={"format": "pt"})
+    report = export_model(directory, tmp_path / "out")
+    assert report.ignored == tuple(sorted(frequencies))
+    saved = torch.load(tmp_path / "out" / "consolidated.00.pth", weights_only=True)
+    assert not any("inv_freq" in name for name in saved)
+    assert len(saved) == len(half)
+    assert open_merged(directory).dtype == torch.bfloat16
+    assert export_model(directory, tmp_path / "nf4", format="nf4", rows=0).ignored == report.ignored
+    assert not any("inv_freq" in name for name in load_file(tmp_path / "nf4" / "model.safetensors"))
+    with pytest.raises(ModelError, match=r"strange: model.layers.0.self_attn.other is no parameter of a LlamaForCausalLM"):
+        export_model(tmp_path / "strange", tmp_path / "other")
+
+
 def test_a_llama_that_metas_code_cannot_run_keeps_its_names() -> None:
     plain = {"hidden_size": 64, "num_attention_heads": 4}
     scaled = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -322,6 +345,44 @@ def test_a_shard_that_is_missing_or_cut_is_named(merged: MakeMerged, tmp_path: P
         export_model(directory, tmp_path / "out")
     first.write_bytes(whole)
     assert export_model(directory, tmp_path / "out").bytes_before > 0
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_copys_contract_starts_the_copy(merged: MakeMerged, tmp_path: Path, kind: Literal["nf4", "int8"]) -> None:
+    directory = merged("text")
+    model = ModelSection(name="shop/base", family="text", dtype="float32")
+    template = Template(sha256=digest((directory / "chat_template.jinja").read_text()))
+    given = Serving(
+        kind="merged", name="shop", model=model, lora_rank=None, pixels={}, chat_template=template, tool_parser=None,
+        system=None, prompt=None, stop=[], bos=None, context=None, longest_row=None, max_new_tokens=8,
+    )  # fmt: skip
+    write_serving(directory, given, directory)
+    export_model(directory, tmp_path / "out", format=kind, rows=0)
+    found = read_serving(tmp_path / "out")
+    assert (found.kind, found.name, found.model.quantization) == ("merged", "shop", kind)
+    lines = json.loads((tmp_path / "out" / "serving.json").read_text())["commands"]
+    assert all(str(tmp_path / "out") in line and str(directory) not in line for line in lines.values())
+
+
+def test_python_beside_the_model_is_run_only_when_the_caller_says_so(merged: MakeMerged, tmp_path: Path) -> None:
+    directory = merged("text", **{"model.trust_remote_code": True})  # the recipe beside it is no caller
+    (directory / "own.py").write_text(
+        "from pathlib import Path\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+        f"Path({str(tmp_path / 'ran')!r}).touch()\n"
+    )
+    config = json.loads((directory / "config.json").read_text())
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (directory / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": classes}))
+    for form in ("state_dict", "nf4"):
+        with pytest.raises(ModelError, match=r"Python of its own, which is not run unasked: .* --trust-remote-code") as caught:
+            export_model(directory, tmp_path / "out", format=form)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+    assert export_model(directory, tmp_path / "out", trust_remote_code=True).files == ("consolidated.pth",)
+    assert (tmp_path / "ran").exists()
 
 
 def test_an_earlier_export_is_not_overwritten_unasked_and_the_merged_model_never(merged: MakeMerged, tmp_path: Path) -> None:

@@ -121,6 +121,7 @@ class Patient:
         load: brings the model with its adapter, when a check first asks for it.
         few: rows whose loss is taken.
         most: rows of which pictures are compared.
+        checkpoints: that lie on the disk at once.
 
     """
 
@@ -135,6 +136,7 @@ class Patient:
     machine: Machine = field(default_factory=Machine)
     few: int = 4
     most: int = 10**9
+    checkpoints: int = 0
     losses: dict[str, float] = field(default_factory=dict[str, float], init=False, repr=False)  # name of a row → as it is
 
     @property

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from packaging.requirements import Requirement
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from vlmtune.checks import Check, Finding, Patient, failure, gib, named, ok, warning
 from vlmtune.collator import pictures
 from vlmtune.data import Rows
 from vlmtune.images import original
 from vlmtune.model import compute_dtype
+from vlmtune.recipe import ModelSection
 from vlmtune.tools import beside
 
 DOMINATES = 0.8  # share of a row's tokens
@@ -176,9 +180,12 @@ def bfloat16(patient: Patient) -> Finding:
 
 def memory(patient: Patient) -> Finding:
     """Weights only, and only where they lie here: `vlmtune.plan` simulates the step."""
-    files = list(Path(patient.recipe.model.name).expanduser().glob("*.safetensors"))
+    files = _weights(patient.recipe.model)
     if not files:
-        return ok("the weights are not here: `python -m vlmtune.plan` tells what the run needs")
+        return warning(
+            f"not known: the weights of {patient.recipe.model.name} are neither in a directory nor whole in the hub's cache",
+            "ask `python -m vlmtune.plan` what the run needs",
+        )
     need = round(sum(file.stat().st_size for file in files) * WEIGHTS[patient.recipe.model.quantization])
     said = f"the weights take about {gib(need)}, and {gib(patient.machine.free_memory)} are free"
     if need > patient.machine.free_memory:
@@ -216,6 +223,25 @@ def _places(patient: Patient, rows: Rows) -> dict[str, str]:
         for source in pictures(rows[position]):
             places.setdefault(patient.collator.album.fingerprint(original(source)), rows.name(position))
     return places
+
+
+def _weights(section: ModelSection) -> list[Path]:
+    """A checkpoint's files of weights, from its directory or the hub's cache; none where one of them is missing."""
+    directory = Path(section.name).expanduser()
+    if not directory.is_dir():
+        try:
+            found = try_to_load_from_cache(section.name, "config.json", revision=section.revision or "main")
+        except ValueError:  # neither a directory nor a name that the hub could have
+            return []
+        if not isinstance(found, str):
+            return []
+        directory = Path(found).parent
+    index, whole = directory / SAFE_WEIGHTS_INDEX_NAME, directory / SAFE_WEIGHTS_NAME
+    names: set[str] = {whole.name}
+    if index.exists() and not whole.exists():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    files = [directory / name for name in names]
+    return files if all(file.exists() for file in files) else []
 
 
 def _version(package: str) -> str:

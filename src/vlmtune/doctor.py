@@ -6,6 +6,7 @@ Nothing is written and nothing is trained for good. `at_start` is the short form
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,8 +20,9 @@ from rich.console import Group
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from vlmtune.batching import Collator, collator_of, counted_rows, usable_rows
+from vlmtune.batching import Collator, collator_of, counted_rows, passes, steps_per_epoch, usable_rows
 from vlmtune.checks import Finding, Patient, look, named, this_machine
 from vlmtune.checks_data import DATA, ENVIRONMENT
 from vlmtune.checks_template import ENCODED, TEMPLATE
@@ -45,6 +47,7 @@ COLOURS = {"ok": "green", "warning": "yellow", "failure": "red"}
 NOT_AT_START = {  # known to whoever wrote the recipe, or told by `finetune` itself
     *("template: default system prompt", "images: duplicates", "images: dominating", "environment: memory"),
     *("adapter: a step", "images: tokens and features"),
+    "length: tokens",  # all rows are counted by then, and what is over the limit is refused, left out or made smaller
     "template: same text as the model's own",  # the processor has the training template by then
 }
 
@@ -157,6 +160,7 @@ def admit(recipe: Recipe, processor: Processor, family: Family, *, collator: Col
         load=partial(_load, recipe, family),
         collate=collator,
         machine=this_machine(recipe),
+        checkpoints=checkpoints(recipe, len(split.train)),
     )
 
 
@@ -173,9 +177,7 @@ def examined(patient: Patient) -> Report:
     return _report([*told, *look(AFTER_COUNTING, patient)])
 
 
-def at_start(
-    recipe: Recipe, prompter: MultimodalCollator, split: Split, model: PeftModel, lengths: Sequence[int] | None = None
-) -> None:
+def at_start(recipe: Recipe, prompter: MultimodalCollator, split: Split, model: PeftModel) -> None:
     """The short form: prints the warnings about a run that is about to begin, and stops one that would fail in silence.
 
     Args:
@@ -183,14 +185,12 @@ def at_start(
         prompter: its collator.
         split: its rows, those that cannot be used left out.
         model: with its adapter, on its device. It is left as it is.
-        lengths: tokens of each training row.
 
     Raises:
         ModelError: a check fails; the message has what was found and the remedy.
 
     """
     samples = spread(split.train, AT_START)
-    counts = {split.train.name(position): count for position, count in enumerate(lengths or [])}
     patient = Patient(
         recipe,
         prompter,
@@ -198,10 +198,10 @@ def at_start(
         split,
         samples,
         load=lambda: model,
-        lengths=counts,
         machine=this_machine(recipe),
         few=2,
         most=COMPARED_AT_START,
+        checkpoints=checkpoints(recipe, len(split.train)),
     )
     report = _report(look({name: check for name, check in CHECKS.items() if name not in NOT_AT_START}, patient))
     if report.failures:
@@ -217,6 +217,24 @@ def after_training(recipe: Recipe, prompter: MultimodalCollator, split: Split, m
     rows = split.held_out or split.train
     patient = Patient(recipe, prompter, model.config, split, spread(rows, AT_START), load=lambda: model)
     return look({"looks: at pictures": looks_when_trained}, patient)[0]
+
+
+def checkpoints(recipe: Recipe, rows: int) -> int:
+    """How many of a run's checkpoints lie on the disk at once; the oldest goes when the newest is written.
+
+    https://github.com/huggingface/transformers/blob/main/src/transformers/trainer_callback.py (`DefaultFlowCallback`)
+    """
+    config = sft_config(recipe)
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(passes(config, rows) * steps_per_epoch(config, rows))
+    when, every = SaveStrategy(config.save_strategy).value, config.save_steps
+    if when == "best":  # at most as often as it is evaluated
+        when, every = IntervalStrategy(config.eval_strategy).value, config.eval_steps or config.logging_steps
+    every = every if every >= 1 else math.ceil(every * steps)  # a share of the steps
+    made = {"no": 0, "epoch": math.ceil(passes(config, rows)), "steps": math.ceil(steps / every)}[when]
+    if not config.save_total_limit:
+        return made
+    best = config.load_best_model_at_end and config.save_total_limit == 1  # it is kept beside the last
+    return min(made, config.save_total_limit + best + 1)
 
 
 def _load(recipe: Recipe, family: Family) -> PeftModel:

@@ -215,13 +215,11 @@ def same_as_base(patient: Patient) -> Finding:
 
 
 def disk(patient: Patient) -> Finding:
-    recipe, model = patient.recipe, patient.model
+    recipe, model, kept = patient.recipe, patient.model, patient.checkpoints
     adapter = sum(weight.numel() * weight.element_size() for weight in model.parameters() if weight.requires_grad)
-    kept = recipe.train.get("save_total_limit") or math.ceil(recipe.train.get("num_train_epochs", 3))
-    kept = 0 if recipe.train.get("save_strategy") == "no" else kept
     merged = 2 * model.num_parameters() if recipe.merge else 0
     need, free = adapter * (1 + STATES * kept) + merged, patient.machine.free_disk
-    parts = f"the adapter, {kept} checkpoints{', a merged model' if merged else ''}"
+    parts = f"the adapter, {kept} checkpoint{'s' * (kept != 1)}{', a merged model' if merged else ''}"
     if need > free:
         return failure(
             f"{recipe.output_dir}: {parts} take {gib(need)}, and {gib(free)} are free",

@@ -91,8 +91,11 @@ def finetune(
     own = _own(family, collator)
     with _memory_errors(checked, plan, own, lambda: "before training, with one to eight pictures or two rows at once"):
         split, batches, cache = _prepared(checked, config, model, split, prompter, collator)
+        examined: float | None = None  # seconds
         if checked.doctor and collator is None:
+            started = time.perf_counter()
             doctor.at_start(checked, prompter, split, model)
+            examined = time.perf_counter() - started
     with disk_errors(output_dir):
         if is_main_process():
             output_dir.mkdir(parents=True, exist_ok=True)
@@ -105,10 +108,11 @@ def finetune(
         if gauge is not None:
             trainer.add_callback(gauge)
         run = Run(model, processor, trainer, checked, found, split, prompter)
-        _show_decisions(run, batches.packing, cache, plan)
+        _show_decisions(run, batches.packing, cache, plan, examined)
         with _memory_errors(checked, plan, own, lambda: _where(trainer, split.train)):
             seconds = _train(trainer, checkpoint)
     run.metrics |= _training_metrics(run, seconds) | ({"memory": gauge.entry} if gauge is not None else {})
+    run.metrics["doctor_seconds"] = None if examined is None else round(examined, 1)
     if is_main_process():
         save(run)
         if checked.doctor:
@@ -330,7 +334,7 @@ def _training_metrics(run: Run, seconds: float) -> dict[str, Any]:
     }
 
 
-def _show_decisions(run: Run, packing: str, cache: str, plan: Plan | None) -> None:
+def _show_decisions(run: Run, packing: str, cache: str, plan: Plan | None, examined: float | None) -> None:
     """Prints what was decided before the run begins, and which rows are left out."""
     recipe, args, world = run.recipe, run.trainer.args, int(run.trainer.args.world_size)
     rows: dict[str, Any] = {
@@ -347,6 +351,7 @@ def _show_decisions(run: Run, packing: str, cache: str, plan: Plan | None) -> No
         "packing": packing,
         "vision cache": cache,
         "checkpointing": {0: "off", 1: "every layer"}.get(every := checkpoint_every(recipe), f"one layer of {every}"),
+        "doctor": _examination(recipe, examined),
         **in_words(plan),
         "output": recipe.output_dir,
     }
@@ -362,6 +367,12 @@ def _rows(run: Run) -> str:
     split = run.split
     counts = f"{len(split.train)} to train on, {len(split.held_out or [])} held out, {len(split.dropped)} dropped"
     return f"{counts}; {len(split.shrunk)} of them with smaller pictures" if split.shrunk else counts
+
+
+def _examination(recipe: Recipe, seconds: float | None) -> str:
+    if seconds is not None:
+        return f"no failure, in {seconds:.1f} s"
+    return "left out: a collator of your own, which vlmtune.doctor.examine takes" if recipe.doctor else "off"
 
 
 def _say_whether_it_looks(run: Run) -> None:

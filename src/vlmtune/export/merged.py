@@ -8,15 +8,17 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from vlmtune.errors import ModelError
 from vlmtune.families import Family, find_family
-from vlmtune.model import load_config
+from vlmtune.model import load_config, parameter_names, skeleton
 from vlmtune.output import MARK
 from vlmtune.recipe import ModelSection, Recipe, load_recipe
 
@@ -32,13 +34,15 @@ class Merged:
     config: Any  # transformers' config
     recipe: Recipe | None  # by which it was tuned, if that is known
     files: tuple[Path, ...]  # of weights
+    trust_remote_code: bool = False  # the caller's word: what a recipe allowed elsewhere is not allowed here
 
     @cached_property
     def section(self) -> ModelSection:
         """It as the model of a recipe."""
         name = str(self.directory.absolute())
         known = self.recipe.model if self.recipe is not None else ModelSection(name=name)
-        return known.model_copy(update={"name": name, "revision": None, "quantization": "none"})
+        own = {"name": name, "revision": None, "quantization": "none", "trust_remote_code": self.trust_remote_code}
+        return known.model_copy(update=own)
 
     @cached_property
     def family(self) -> Family:
@@ -51,11 +55,37 @@ class Merged:
     @cached_property
     def dtype(self) -> torch.dtype:
         """That of the weights, which a config may tell wrongly or not at all."""
-        found = {tensor.dtype for tensor in self.tensors().values() if tensor.is_floating_point()}
+        found = {tensor.dtype for tensor in self.weights().values() if tensor.is_floating_point()}
         return max(found, key=lambda dtype: dtype.itemsize)
 
+    @cached_property
+    def outline(self) -> PreTrainedModel:
+        """The model on the meta device."""
+        return skeleton(self.section, self.family, self.config)
+
+    @cached_property
+    def parameters(self) -> dict[str, str | None]:
+        """The checkpoint's name of each tensor → the model's own."""
+        return parameter_names(self.outline, self.tensors())
+
+    @cached_property
+    def ignored(self) -> tuple[str, ...]:
+        """Names of the tensors that `from_pretrained` reads over: an old LLaMA's rotary frequencies, in each layer.
+
+        https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_utils.py (it says which)
+        """
+        expected = self.outline.state_dict()
+        unknown = {own or name: name for name, own in self.parameters.items() if own not in expected}
+        info: Any = SimpleNamespace(missing_keys=set[str](), unexpected_keys=set(unknown))
+        self.outline._adjust_missing_and_unexpected_keys(info)  # pyright: ignore[reportPrivateUsage]
+        return tuple(sorted(name for own, name in unknown.items() if own not in info.unexpected_keys))
+
+    def weights(self) -> dict[str, Tensor]:
+        """Its tensors, but for those that are ignored."""
+        return {name: tensor for name, tensor in self.tensors().items() if name not in self.ignored}
+
     def tensors(self) -> dict[str, Tensor]:
-        """All weights by the checkpoint's names, mapped into memory: read when they are used, and not kept.
+        """All that its files hold, by the checkpoint's names, mapped into memory: read when it is used, and not kept.
 
         Raises:
             ModelError: a file that is not whole.
@@ -78,7 +108,7 @@ class Merged:
                 shutil.copy2(path, out)
 
 
-def open_merged(directory: Path) -> Merged:
+def open_merged(directory: Path, *, trust_remote_code: bool = False) -> Merged:
     """The merged model in a directory.
 
     Raises:
@@ -92,10 +122,10 @@ def open_merged(directory: Path) -> Merged:
     files = _files(directory)
     if not files or not (directory / "config.json").exists():
         raise ModelError(f"{directory} holds no merged model: config.json and model.safetensors are expected")
-    config = load_config(ModelSection(name=str(directory.absolute())))
+    config = load_config(ModelSection(name=str(directory.absolute()), trust_remote_code=trust_remote_code))
     if getattr(config, "quantization_config", None):
         raise ModelError(f"{directory} holds a model that is quantised already: export the merged model that it was made of")
-    return Merged(directory, config, _recipe(directory), files)
+    return Merged(directory, config, _recipe(directory), files, trust_remote_code)
 
 
 def _files(directory: Path) -> tuple[Path, ...]:

@@ -13,7 +13,6 @@ from vlmtune.console import progress
 from vlmtune.errors import ModelError
 from vlmtune.export.llama import is_metas, params, to_meta
 from vlmtune.export.merged import Merged
-from vlmtune.model import parameter_names, skeleton
 from vlmtune.output import write_json
 
 
@@ -36,9 +35,8 @@ def write_state_dict(merged: Merged, out: Path) -> None:
 
 def _by_parameter(merged: Merged) -> dict[str, Tensor]:
     """The weights by the names of the model's state dict; tied ones under each of their names."""
-    model = skeleton(merged.section, merged.family, merged.config)
-    tensors = merged.tensors()
-    names = parameter_names(model, tensors)
+    model, tensors = merged.outline, merged.weights()
+    names = {name: merged.parameters[name] for name in tensors}
     expected = model.state_dict()
     astray = sorted(name for name, own in names.items() if own not in expected)
     if astray:
