@@ -29,7 +29,7 @@ from servers import LOOK, RAIN, calling, picture_url, running, seen_and_asked, s
 from transformers.cli.serving.utils import response_events_to_chunks
 from transformers.utils.chat_parsing import ResponseParser
 
-from vlmtune import Run, format_messages
+from vlmtune import Run, export_model, format_messages, merge_adapter
 from vlmtune.errors import ModelError, OutputError
 from vlmtune.evaluation import answers
 from vlmtune.images import load_image
@@ -39,7 +39,7 @@ from vlmtune.serve.loading import load_served
 from vlmtune.serve.request import RequestError
 from vlmtune.serve.server import ROUTES, Cut, Reader, build_app
 from vlmtune.serve.web import fetch, is_public
-from vlmtune.serving import Token, read_serving, write_serving
+from vlmtune.serving import Token, copy_serving, read_serving, write_serving
 
 MakeRun = Callable[..., Run]
 
@@ -227,6 +227,16 @@ def test_every_family_answers_as_its_run_does(make_run: MakeRun, kind: str, chan
             asked, message = row(name)
             message = message if kind != "text" else {"role": "user", "content": message["content"][1]["text"]}
             assert ask(client, message).message.content.strip() == run.generate(asked)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_copy_is_served_as_its_files_are(run: Run, tmp_path: Path, kind: Any) -> None:
+    merge_adapter(run.adapter_dir, tmp_path / "merged")
+    export_model(tmp_path / "merged", tmp_path / "small", format=kind, rows=0)
+    copy_serving(tmp_path / "merged", tmp_path / "small", tmp_path / "small", quantization=kind)
+    assert load_served(tmp_path / "small").model.is_quantized
+    with served(tmp_path / "small") as client:
+        assert ask(client, row("green")[1]).finish_reason == "stop"
 
 
 # ---- tools
