@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -77,9 +77,9 @@ def tuned(model: Path, data: Path, output_dir: Path, steps: int, **changes: Any)
     return finetune(recipe, **changes)
 
 
-def calling(model: Path, directory: Path) -> Run:
+def calling(model: Path, directory: Path, turns: Sequence[dict[str, Any]] = RAIN) -> Run:
     """A Qwen2-VL that knows one conversation by heart, `RAIN`, in which it calls the tool `LOOK`."""
-    (directory / "rain.jsonl").write_text(json.dumps({"messages": RAIN, "tools": [LOOK]}) + "\n")
+    (directory / "rain.jsonl").write_text(json.dumps({"messages": turns, "tools": [LOOK]}) + "\n")
     (directory / "calling.jinja").write_text(CALLING)
     changes: dict[str, Any] = {"chat_template": str(directory / "calling.jinja"), "eval.max_new_tokens": 80}
     changes |= {"data.prompt": None, "data.response": None, "train.per_device_train_batch_size": 1, "lora.r": 32}

@@ -258,9 +258,6 @@ def test_a_call_comes_as_a_call_and_its_result_goes_back(checkpoint: Callable[[s
         (streamed,) = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
         assert streamed.function.model_dump() == found.function.model_dump()
         assert chunks[-1].choices[0].finish_reason == "tool_calls"
-        with pytest.raises(openai.BadRequestError, match="`parallel_tool_calls` is False: nothing keeps the model"):
-            create(asked, parallel_tool_calls=False)
-        assert create(asked, parallel_tool_calls=True).choices[0].finish_reason == "tool_calls"
         history = [asked, choice.message.model_dump(), {"role": "tool", "tool_call_id": found.id, "content": "dry"}]
         assert create(*history).choices[0].message.content == "No."
         with pytest.raises(openai.UnprocessableEntityError, match="asks for a tool, and the model did not call it"):
@@ -268,6 +265,20 @@ def test_a_call_comes_as_a_call_and_its_result_goes_back(checkpoint: Callable[[s
         other = {"type": "function", "function": {"name": "listen"}}
         with pytest.raises(openai.APIError, match="asks for 'listen', and the model did not call it"):
             list(create(asked, tool_choice=other, stream=True))
+
+
+def test_of_several_calls_the_first_is_given_where_one_is_wanted(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    call = RAIN[1]["tool_calls"][0]
+    both = [call, {**call, "id": "c2", "function": {"name": "look", "arguments": '{"at": "sea"}'}}]
+    run = calling(checkpoint("qwen2_vl"), tmp_path, [RAIN[0], {**RAIN[1], "tool_calls": both}])
+    with served(run.adapter_dir) as client:
+        for wanted, looks in ((None, ["sky", "sea"]), (True, ["sky", "sea"]), (False, ["sky"])):
+            options = {"parallel_tool_calls": wanted, "model": "rain", "messages": RAIN[:1], "tools": [LOOK], "max_tokens": 200}
+            made = client.chat.completions.create(**options).choices[0]
+            assert [json.loads(each.function.arguments)["at"] for each in made.message.tool_calls] == looks
+            assert made.finish_reason == "tool_calls"
+            chunks = list(client.chat.completions.create(**options, stream=True))
+            assert len([call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]) == len(looks)
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,7 @@ class ChatRequest(BaseModel):
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     stop: Word | list[Word] | None = None
+    parallel_tool_calls: bool | None = None  # false: of several calls the first is given
     return_token_ids: bool | None = None  # vLLM's field: the ids of prompt and answer come with the answer
 
     # what changes an answer and is not to be had is taken where it asks for nothing
@@ -81,7 +82,6 @@ class ChatRequest(BaseModel):
     logit_bias: dict[str, float] | None = Field(default=None, max_length=0)
     response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
-    parallel_tool_calls: bool | None = None  # false where there are no tools
 
     # what does not change an answer
     user: Any = None
@@ -137,9 +137,6 @@ def read_request(body: Mapping[str, Any], *, served: str) -> ChatRequest:
         raise RequestError(f"model {asked.model!r} is not served here, {served!r} is.", field="model", status=404)
     if asked.stream and asked.return_token_ids:
         raise RequestError("`return_token_ids` does not go with `stream`: leave one out.", field="return_token_ids")
-    if asked.parallel_tool_calls is False and asked.calls:
-        said = "`parallel_tool_calls` is False: nothing keeps the model from several calls, so leave it out."
-        raise RequestError(said, field="parallel_tool_calls")
     return asked
 
 

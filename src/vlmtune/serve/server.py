@@ -245,12 +245,16 @@ class Chat(ChatCompletionHandler):
         model: Any = self._model
         manager = self.generation_state.get_manager(self._contract.name)
         queue, streamer = manager.generate_streaming(model, self._tokenizer, inputs, config, request_id, parser)
-        cut, said = Cut(asked.stops), ""
+        cut, said, called = Cut(asked.stops), "", False
         try:
             while (item := await queue.get()) is not None:
                 if isinstance(item, _StreamError):
                     raise RequestError(f"the model failed: {item.msg}", status=500)
-                if isinstance(item, ToolCall | ReasoningText):
+                if isinstance(item, ToolCall):
+                    if not called or asked.parallel_tool_calls is not False:
+                        yield item  # pyright: ignore[reportReturnType]
+                    called = True
+                elif isinstance(item, ReasoningText):
                     yield item  # pyright: ignore[reportReturnType]
                 else:
                     said += item
