@@ -47,6 +47,9 @@ class Trainer(SFTTrainer):
 
     """
 
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """None: TRL's knows neither the base nor the pictures, and stands where a person would look for both."""
+
     def __init__(
         self,
         *args: Any,

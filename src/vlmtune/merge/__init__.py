@@ -113,7 +113,7 @@ def _apart(out_dir: Path, *sources: Path) -> None:
     """Refuses to write where the adapter or its base lies, or above."""
     for source in (path.resolve() for path in sources if path.exists()):
         if out_dir.resolve() in (source, *source.parents):
-            raise OutputError(f"output directory {out_dir} holds {source}, of which the merge is made: name another one")
+            raise OutputError(f"output directory {out_dir} is or holds what the merge is made of ({source}): name another one")
 
 
 def load_merged(directory: Path, section: ModelSection, family: Family) -> Any:
@@ -123,6 +123,8 @@ def load_merged(directory: Path, section: ModelSection, family: Family) -> Any:
 
 def _base_section(adapter_dir: Path, base: str | None) -> ModelSection:
     """Where the base is, by the recipe that lies with the adapter or by the adapter's own config."""
+    if not adapter_dir.is_dir():
+        raise ModelError(f"there is no directory {adapter_dir}: name a run's, or that of a PEFT adapter")
     if not (adapter_dir / "adapter_config.json").exists():
         raise ModelError(f"{adapter_dir} holds no adapter: adapter_config.json is missing")
     if (adapter_dir / "recipe.yaml").exists():
@@ -163,8 +165,8 @@ def command(
     )
     shown = {
         "weights": f"{report.modules} changed, by up to {report.largest_change:.3g}",
-        "compared": f"pieces of all of them differ from base + adapter by up to {report.largest_difference:.3g}",
+        "verified": f"they equal base + adapter, rounded once (by up to {report.largest_difference:.3g})",
     }
     if report.logits_difference is not None:
-        shown["logits"] = f"differ from base + adapter by up to {report.logits_difference:.3g}"
+        shown["logits"] = f"equal those of base + adapter but for what that rounding does ({report.logits_difference:.3g})"
     decisions("Merged", {**shown, "model": report.out_dir})
