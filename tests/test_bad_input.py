@@ -648,7 +648,7 @@ def test_a_merge_never_deletes_the_base_it_was_asked_to_overwrite(
     adapter = finetune(recipe(**{"model.name": base, "eval.samples": 0})).adapter_dir
     before = sorted(path.name for path in Path(base).iterdir())
     told = said(OutputError, merge_adapter, adapter, base, overwrite=True)
-    assert told.endswith("was not made by vlmtune: delete it yourself")
+    assert told == f"output directory {base} is or holds what the merge is made of ({base}): name another one"
     assert sorted(path.name for path in Path(base).iterdir()) == before
 
 
