@@ -7,14 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +33,7 @@ from vlmtune.images import load_image
 from vlmtune.serve import Engine, command, serve
 from vlmtune.serve.limits import MOST_BYTES
 from vlmtune.serve.loading import load_served
-from vlmtune.serve.request import RequestError
 from vlmtune.serve.server import ROUTES, Cut, Reader, build_app
-from vlmtune.serve.web import fetch, is_public
 from vlmtune.serving import Token, copy_serving, read_serving, write_serving
 
 MakeRun = Callable[..., Run]
@@ -377,7 +372,7 @@ def body(*messages: Any, **fields: Any) -> dict[str, Any]:
         (body({"role": "user", "content": [PICTURE]}), "is not a picture in a format that Pillow reads"),
         (body({"role": "user", "content": [LOCAL]}), "a picture is not a data URL"),
         (body({"role": "user", "content": [FILE]}), "a picture is not a data URL"),
-        (body({"role": "user", "content": [WEB]}), "--fetch lets the server fetch addresses"),
+        (body({"role": "user", "content": [WEB]}), "a picture is not a data URL"),
         (body({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}), "picture"),
         (body({"role": "user", "content": '\ud800'}), "half of a UTF-16 pair"),
         (body(parallel_tool_calls="no"), "`parallel_tool_calls` is 'no'"),
@@ -429,108 +424,6 @@ def test_a_prompt_that_is_too_long_is_told_before_its_pictures_are_decoded(run: 
     _, said = post(client, "chat/completions", json.dumps(body(many)).encode())
     assert "the prompt has at least" in said["error"]["message"]
     assert "the model has positions for 2048" in said["error"]["message"]
-
-
-class Site(BaseHTTPRequestHandler):
-    """Answers with a picture, late, elsewhere, endlessly or not at all."""
-
-    asked: list[str]
-    let_go: threading.Event
-
-    def do_GET(self) -> None:
-        self.asked.append(self.path)
-        if self.path == "/slow":
-            self.let_go.wait(20)
-        if self.path.startswith("/to"):
-            self.send_response(302)
-            self.send_header("Location", self.path.removeprefix("/to"))
-        else:
-            self.send_response(200 if self.path in ("/red", "/slow", "/endless") else 404)
-        self.end_headers()
-        if self.path in ("/red", "/slow"):
-            Image.new("RGB", (40, 50), COLOURS["red"]).save(self.wfile, "PNG")
-        try:
-            while self.path == "/endless":
-                self.wfile.write(bytes(2**16))
-        except OSError:
-            pass
-
-    def log_message(self, *_: Any) -> None: ...
-
-
-@pytest.fixture
-def site() -> Generator[str]:
-    Site.asked, Site.let_go = [], threading.Event()
-    with ThreadingHTTPServer(("127.0.0.1", 0), Site) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        Site.let_go.set()
-        server.shutdown()
-
-
-@pytest.mark.parametrize(
-    ("address", "public"),
-    [
-        ("8.8.8.8", True),
-        ("2606:4700::1111", True),
-        ("127.0.0.1", False),
-        ("10.1.2.3", False),
-        ("192.168.0.1", False),
-        ("100.64.0.1", False),
-        ("169.254.169.254", False),
-        ("0.0.0.0", False),
-        ("224.0.0.1", False),
-        ("::1", False),
-        ("fe80::1%eth0", False),
-        ("fd00::1", False),
-        ("::ffff:127.0.0.1", False),
-    ],
-)
-def test_addresses_of_machines_and_networks_behind_the_server_are_not_public(address: str, public: bool) -> None:
-    assert is_public(address) is public
-
-
-def test_nothing_is_asked_of_a_host_that_is_not_public(run: Run, site: str) -> None:
-    port = site.rpartition(":")[2]
-    sentence = "cannot be fetched: wanted the address of a file on a public host"
-    with served(run.adapter_dir, from_web=True) as client:
-        for host in ("127.0.0.1", "localhost", "[::1]", "0.0.0.0", "[::ffff:127.0.0.1]", "2130706433"):
-            picture = seen_and_asked(f"http://{host}:{port}/red", "a")
-            status, said = post(client, "chat/completions", json.dumps(body(picture)).encode())
-            assert (status, sentence in said["error"]["message"]) == (400, True)
-    assert Site.asked == []
-
-
-def test_a_fetched_picture_is_like_one_that_is_sent(run: Run, site: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlmtune.serve.web.is_public", lambda address: True)
-    with served(run.adapter_dir, from_web=True) as client:
-        asked, message = row("red")
-        for path in ("/red", "/to/red", f"/to{site}/red"):
-            at = seen_and_asked(site + path, message["content"][1]["text"])
-            assert ask(client, at).message.content.strip() == run.generate(asked)
-        waiting = ThreadPoolExecutor(1).submit(ask, client, seen_and_asked(f"{site}/slow", message["content"][1]["text"]))
-        while "/slow" not in Site.asked:
-            time.sleep(0.01)
-        assert ask(client, message).message.content.strip() == run.generate(asked)  # nobody waits for it but who asked
-        assert not waiting.done()
-        Site.let_go.set()
-        assert waiting.result(20).message.content.strip() == run.generate(asked)
-
-
-def test_what_cannot_be_fetched_is_told_without_the_reason(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    private = "127.0.0.2"
-    monkeypatch.setattr("vlmtune.serve.web.is_public", lambda address: address != private)
-    said = set()
-    for path in ("/missing", "/to/missing", f"/to{site.replace('127.0.0.1', private)}/red", "/tofile:///etc/passwd", "/to"):
-        with pytest.raises(RequestError) as caught:
-            fetch(site + path, most=2**20)
-        said.add(str(caught.value).replace(path, ""))
-    assert len(said) == 1
-    assert "404" not in said.pop()
-    with pytest.raises(RequestError, match="cannot be fetched"):
-        fetch(f"{site}/a b\r\nHost: c", most=2**20)
-    with pytest.raises(RequestError, match="the pictures to fetch have more than 64 MiB"):
-        fetch(f"{site}/endless", most=2**20)
 
 
 def post(client: OpenAI, path: str, data: bytes | None) -> tuple[int, dict[str, Any]]:

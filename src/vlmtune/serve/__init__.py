@@ -36,7 +36,6 @@ def serve(
     host: str = "localhost",
     port: int = 8000,
     base: str | None = None,
-    from_web: bool = False,
     use_cpu: bool = False,
     trust_remote_code: bool = False,
 ) -> None:
@@ -47,7 +46,6 @@ def serve(
         host: to listen on; "0.0.0.0" is the whole network.
         port: to listen on; 0 takes a free one.
         base: hub id or directory of an adapter's base, if it has moved.
-        from_web: fetch pictures that a request names by address; else they come as data URLs.
         use_cpu: leave a GPU alone.
         trust_remote_code: run the code of a checkpoint that comes with its own.
 
@@ -68,7 +66,7 @@ def serve(
     served = load_served(directory, base=base, use_cpu=use_cpu, trust_remote_code=trust_remote_code)
     url = f"http://{host}:{listening.getsockname()[1]}/v1"
     decisions("Served", {**in_words(served.contract), "device": served.model.device, "server": "transformers", "URL": url})
-    uvicorn.Server(uvicorn.Config(build_app(served, from_web=from_web), log_level="warning")).run(sockets=[listening])
+    uvicorn.Server(uvicorn.Config(build_app(served), log_level="warning")).run(sockets=[listening])
 
 
 def in_words(found: Serving) -> dict[str, str]:
@@ -115,7 +113,6 @@ def command(
     host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 is the whole network.")] = "localhost",
     port: Annotated[int, typer.Option(help="Where to listen; 0 takes a free one.")] = 8000,
     base: Annotated[str | None, typer.Option(help="Hub id or directory of an adapter's base, if it has moved.")] = None,
-    fetch: Annotated[bool, typer.Option("--fetch", help="Fetch pictures that a request names by address.")] = False,
     cpu: Annotated[bool, typer.Option("--cpu", help="Leave a GPU alone.")] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the code of a checkpoint that comes with its own.")
@@ -133,7 +130,6 @@ def command(
             host=host,
             port=port,
             base=base,
-            from_web=fetch,
             use_cpu=cpu,
             trust_remote_code=trust_remote_code,
         )

@@ -14,24 +14,21 @@ from vlmtune.images import image_size
 from vlmtune.messages import Message as Turn
 from vlmtune.serve.request import RequestError
 
-MOST_BYTES = 64 * 2**20  # of a body, and of the pictures that are fetched for it
+MOST_BYTES = 64 * 2**20  # of a body
 MOST_PICTURES = 64
 MOST_PIXELS = 100_000_000  # of all pictures together: 300 MB as they are decoded
 
 
-def check_number(messages: Sequence[Turn]) -> None:
-    """Refuses more pictures than a request may have."""
-    if (count := len(pictures({"messages": messages}))) > MOST_PICTURES:
-        raise RequestError(f"the request has {count} pictures, the limit is {MOST_PICTURES}.", field="messages")
-
-
-def check_pixels(messages: Sequence[Turn]) -> None:
-    """Refuses more pixels than a request may have, told from the headers of its pictures: none is decoded."""
+def check_pictures(messages: Sequence[Turn]) -> None:
+    """Refuses more pictures or pixels than a request may have, told from headers: no picture is decoded."""
+    sources = pictures({"messages": messages})
+    if len(sources) > MOST_PICTURES:
+        raise RequestError(f"the request has {len(sources)} pictures, the limit is {MOST_PICTURES}.", field="messages")
     try:
-        sizes = [image_size(source) for source in pictures({"messages": messages})]
+        pixels = sum(width * height for width, height in map(image_size, sources))
     except ImageError as error:
         raise RequestError(f"the request: {error}", field="messages") from None
-    if (pixels := sum(width * height for width, height in sizes)) > MOST_PIXELS:
+    if pixels > MOST_PIXELS:
         raise RequestError(
             f"the pictures have {pixels:,} pixels together, the limit is {MOST_PIXELS:,}: send them smaller.", field="messages"
         )

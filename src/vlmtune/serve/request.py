@@ -14,8 +14,6 @@ from vlmtune.errors import DatasetError, VlmtuneError
 from vlmtune.messages import Message, format_messages
 from vlmtune.plugins import did_you_mean
 
-WEB = ("http://", "https://")
-
 
 class RequestError(VlmtuneError):
     """A request that cannot be answered, with the field that is to blame and the HTTP status that says so."""
@@ -140,15 +138,11 @@ def read_request(body: Mapping[str, Any], *, served: str) -> ChatRequest:
     return asked
 
 
-def read_messages(asked: ChatRequest, *, from_web: bool = False) -> list[Message]:
+def read_messages(asked: ChatRequest) -> list[Message]:
     """The request's messages as those of a row are read, so that the same prompt comes of them.
 
-    Args:
-        asked: the request.
-        from_web: pictures may be addresses that are to be fetched, and not data URLs only.
-
     Raises:
-        RequestError: a conversation that no row could have, or a picture that is elsewhere.
+        RequestError: a conversation that no row could have, or a picture that is not in the request itself.
 
     """
     last = asked.messages[-1].get("role")
@@ -160,21 +154,18 @@ def read_messages(asked: ChatRequest, *, from_web: bool = False) -> list[Message
     except DatasetError as error:
         raise RequestError(str(error).removeprefix("format 'openai': "), field="messages") from None
     for part in (part for message in messages for part in message["content"]):
-        _check_part(part, from_web=from_web)
+        _check_part(part)
     return messages
 
 
-def _check_part(part: Mapping[str, Any], *, from_web: bool) -> None:
+def _check_part(part: Mapping[str, Any]) -> None:
     if part["type"] not in ("text", "image"):
         raise RequestError(f"a part has the type {part['type']!r}, wanted text or image_url.", field="messages")
-    if part["type"] == "text":
-        return
-    source = part["image"]  # never a path: a client has no business with the server's files
-    if isinstance(source, str) and (source.startswith("data:") or (from_web and source.startswith(WEB))):
-        return
-    wanted = "a data URL or an address" if from_web else "a data URL, 'data:image/png;base64,...'"
-    hint = " (--fetch lets the server fetch addresses)" if isinstance(source, str) and source.startswith(WEB) else ""
-    raise RequestError(f"a picture is not {wanted}{hint}.", field="messages")
+    source = part.get(
+        "image", "data:"
+    )  # never a path or an address: a client has no business with the server's files and network
+    if not isinstance(source, str) or not source.startswith("data:"):
+        raise RequestError("a picture is not a data URL, 'data:image/png;base64,...'.", field="messages")
 
 
 def _mistake(error: ValidationError) -> RequestError:

@@ -39,29 +39,20 @@ from transformers.utils.chat_parsing import ResponseParser
 
 from vlmtune.collator import pictures
 from vlmtune.errors import DatasetError, one_line
-from vlmtune.messages import Message
 from vlmtune.model import evaluating, on_device
-from vlmtune.serve.limits import MOST_BYTES, Door, check_number, check_pixels
+from vlmtune.serve.limits import MOST_BYTES, Door, check_pictures
 from vlmtune.serve.loading import Served
 from vlmtune.serve.request import ChatRequest, RequestError, read_messages, read_request
-from vlmtune.serve.web import fetched, names_address
 from vlmtune.serving import seen
 
 ROUTES = ("/v1/chat/completions", "/v1/models", "/health")
-FETCHERS = 16  # pictures' addresses that are waited for at once
 
 
-def build_app(served: Served, *, from_web: bool = False) -> FastAPI:
-    """The application, with the routes that keep the contract and no others.
-
-    Args:
-        served: what answers.
-        from_web: fetch pictures that a request names by address.
-
-    """
+def build_app(served: Served) -> FastAPI:
+    """The application, with the routes that keep the contract and no others."""
     state = GenerationState()
     manager = OneModel(served)
-    chat = Chat(served, manager, state, from_web=from_web)
+    chat = Chat(served, manager, state)
     others: Any = None  # their routes go
     app = build_server(manager, chat, others, others, others, others, state)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in ROUTES]
@@ -178,21 +169,16 @@ class Reader:
 class Chat(ChatCompletionHandler):
     """Their handler of `/v1/chat/completions`, with our prompt and our end of an answer."""
 
-    def __init__(self, served: Served, manager: ModelManager, state: GenerationState, *, from_web: bool) -> None:
+    def __init__(self, served: Served, manager: ModelManager, state: GenerationState) -> None:
         super().__init__(manager, state)
-        self._served, self._contract, self._from_web = served, served.contract, from_web
+        self._served, self._contract = served, served.contract
         self._model = Answering(served.model)
         self._tokenizer = served.collator.tokenizer
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="reader")  # two would set one tokenizer's padding at once
-        self._fetchers = ThreadPoolExecutor(FETCHERS, thread_name_prefix="fetcher")
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> StreamingResponse | JSONResponse:
         asked = read_request(body, served=self._contract.name)
-        loop = asyncio.get_running_loop()
-        messages = await loop.run_in_executor(self._reader, self._messages, asked)
-        if any(map(names_address, messages)):
-            messages = await loop.run_in_executor(self._fetchers, fetched, messages)
-        batch = await loop.run_in_executor(self._reader, self._prompt, messages)
+        batch = await asyncio.get_running_loop().run_in_executor(self._reader, self._prompt, asked)
         length = batch["input_ids"].shape[1]
         watch = Watch(self._tokenizer, asked.stops, length)
         items = self._items(asked, batch, self._options(asked, length), watch, request_id)
@@ -200,15 +186,11 @@ class Chat(ChatCompletionHandler):
             return StreamingResponse(self._chunks(asked, items, watch, length, request_id), media_type="text/event-stream")
         return await self._whole(asked, items, watch, batch, request_id)
 
-    def _messages(self, asked: ChatRequest) -> list[Message]:
-        messages = read_messages(asked, from_web=self._from_web)
-        check_number(messages)
-        return messages
-
-    def _prompt(self, messages: list[Message]) -> dict[str, Tensor]:
+    def _prompt(self, asked: ChatRequest) -> dict[str, Tensor]:
         """What the model is given: by the same code as in training and in `Run.generate`."""
+        messages = read_messages(asked)
+        check_pictures(messages)
         row = {"messages": messages, "name": "the request"}
-        check_pixels(messages)
         try:
             if self._contract.context and pictures(row):  # before any of them is decoded
                 (least,) = self._served.collator.lengths([row])  # without the beginning of the answer
