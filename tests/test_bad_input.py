@@ -6,14 +6,11 @@ test_images, test_messages and test_recipe; test_corpus sends whole broken input
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
-import struct
 import subprocess
 import sys
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,7 @@ from typing import Any
 import datasets
 import pytest
 import yaml
-from PIL import Image
+from pictures import headed, png
 from tiny import KINDS, make_processor
 
 from vlmtune import DatasetError, ModelError, MultimodalCollator, OutputError, RecipeError, VlmtuneError, finetune, load_recipe
@@ -42,22 +39,6 @@ def said(kind: type[VlmtuneError], function: Callable[..., Any], *args: Any, **o
         function(*args, **options)
     assert type(caught.value) is kind
     return str(caught.value)
-
-
-def png(mode: str = "RGB", size: tuple[int, int] = (30, 30), file_format: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    Image.new(mode, size).save(buffer, file_format)
-    return buffer.getvalue()
-
-
-def bomb(width: int, height: int) -> bytes:
-    """A PNG of a hundred bytes whose header promises more pixels than any memory holds."""
-
-    def chunk(name: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 10)) + chunk(b"IEND", b"")
 
 
 @pytest.fixture
@@ -189,10 +170,10 @@ def test_turns_in_the_wrong_order_or_number_are_named(write: Write, row: Any, re
         (png()[:60], "is truncated or damaged: "),
         (png("RGB", (300, 300), "JPEG")[:900], "is truncated or damaged: "),
         (
-            bomb(60_000, 60_000),
+            headed(60_000, 60_000),
             "has 3,600,000,000 pixels, the limit is 89,478,485 (PIL.Image.MAX_IMAGE_PIXELS): it may be a decompression bomb.",
         ),
-        (bomb(10_000, 9_000), "has 90,000,000 pixels, the limit is 89,478,485 (PIL.Image.MAX_IMAGE_PIXELS)"),
+        (headed(10_000, 9_000), "has 90,000,000 pixels, the limit is 89,478,485 (PIL.Image.MAX_IMAGE_PIXELS)"),
     ],
     ids=["zero bytes", "text", "half a png", "half a jpeg", "bomb", "small bomb"],
 )

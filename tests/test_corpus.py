@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import base64
 import gzip
-import io
 import json
 import os
 import runpy
 import shutil
 import signal
-import struct
 import sys
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +21,7 @@ from typing import Any
 import datasets
 import pytest
 import yaml
-from PIL import Image
+from pictures import headed, noise, png
 
 from vlmtune import DatasetError, ModelError, OutputError, RecipeError, VlmtuneError, finetune
 from vlmtune.data import load_data
@@ -68,28 +65,6 @@ PLAIN = dict.fromkeys(COLUMNS)  # rows that bring their own turns
 ASKED, ANSWERED = {"role": "user", "content": "Which?"}, {"role": "assistant", "content": "This."}
 CALL = {"role": "assistant", "tool_calls": [{"id": "call00001", "function": {"name": "weigh", "arguments": "{}"}}]}
 RESULT = {"role": "tool", "content": "12 g", "tool_call_id": "call00001"}
-
-
-def png(mode: str = "RGB", size: tuple[int, int] = (30, 30), file_format: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    Image.new(mode, size).save(buffer, file_format)
-    return buffer.getvalue()
-
-
-def noise(file_format: str) -> bytes:
-    buffer = io.BytesIO()
-    Image.effect_noise((200, 200), 80).save(buffer, file_format)
-    return buffer.getvalue()
-
-
-def headed(width: int, height: int) -> bytes:
-    """A PNG of a hundred bytes whose header promises so many pixels."""
-
-    def chunk(name: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 10)) + chunk(b"IEND", b"")
 
 
 def recipe_with(**values: Any) -> Break:

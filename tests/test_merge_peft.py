@@ -254,6 +254,6 @@ def test_code_of_the_base_is_not_run_unasked(adapted: Make, tmp_path: Path) -> N
     base, adapter = adapted("text", ADAPTERS["lora"])
     recipe = {"model": {"name": str(base), "trust_remote_code": True}, "data": {"source": "x"}, "train": {"output_dir": "y"}}
     (adapter / "recipe.yaml").write_text(json.dumps(recipe))
-    with pytest.raises(ModelError, match="look at it, then say --trust-remote-code"):
+    with pytest.raises(ModelError, match="runs the code that came with its checkpoint: allow it with --trust-remote-code"):
         merge_adapter(adapter, tmp_path / "merged")
     merge_adapter(adapter, tmp_path / "merged", trust_remote_code=True)

@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from PIL import Image
 from rich.table import Table
+from transformers import GenerationConfig
 
 from vlmtune.collator import MultimodalCollator
 from vlmtune.console import console, half_blocks, progress
@@ -47,7 +48,7 @@ def answers(
                 temperature=None,
                 top_p=None,
                 top_k=None,
-                eos_token_id=stop_token_ids(model, collator),
+                eos_token_id=stop_token_ids(model.generation_config, collator),
                 pad_token_id=collator.tokenizer.pad_token_id,
             )
             new = output[:, batch["input_ids"].shape[1] :]
@@ -56,9 +57,9 @@ def answers(
     return found
 
 
-def stop_token_ids(model: Any, collator: MultimodalCollator) -> list[int]:
+def stop_token_ids(generation: GenerationConfig, collator: MultimodalCollator) -> list[int]:
     """Where generation ends: the stop token that was trained, and those of the checkpoint."""
-    own = model.generation_config.eos_token_id
+    own = generation.eos_token_id
     listed = own if isinstance(own, list) else [own]
     return sorted({collator.stop_token_id, *(token for token in listed if token is not None)})
 

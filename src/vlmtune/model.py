@@ -29,6 +29,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedModel,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -259,11 +260,28 @@ def read_model(section: ModelSection, family: Family, directory: Path | None = N
         model = auto.from_pretrained(directory or section.name, **_origin(section, directory), **options)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model {directory or section.name} cannot be loaded: {one_line(error)}") from error
-    try:
-        model.generation_config.validate(strict=True)
-    except ValueError:  # a temperature without do_sample: older checkpoints have it, and transformers refuses to save it
-        model.generation_config.do_sample = True
+    savable(model.generation_config)
     return model
+
+
+def savable(generation: GenerationConfig) -> GenerationConfig:
+    """Mends a temperature without `do_sample`, which older checkpoints have and transformers refuses to save."""
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        generation.do_sample = True
+    return generation
+
+
+def check_trust(section: ModelSection, what: object, *, trust_remote_code: bool) -> None:
+    """Refuses to run code that came with a checkpoint, unless the caller allowed it: a recipe that lies with it may not.
+
+    Raises:
+        ModelError: it is wanted and was not allowed.
+
+    """
+    if section.trust_remote_code and not trust_remote_code:
+        raise ModelError(f"{what} runs the code that came with its checkpoint: allow it with --trust-remote-code")
 
 
 def device(*, use_cpu: bool = False) -> torch.device:

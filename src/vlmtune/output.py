@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from filelock import FileLock, Timeout
 from vlmtune.errors import OutputError
 
 MARK = ".vlmtune"  # lies in every directory that vlmtune made: no other is ever deleted
+MANIFEST = "manifest.json"  # of a merged model: what it was made of, and a hash of each of its files
 LOCK, JOURNAL = ".lock", ".finished.json"  # in a directory that is being written
 LAST = "adapter_config.json"  # a directory without it is no adapter, so that it moves in last
 
@@ -74,13 +76,11 @@ def whole(directory: Path, *, replace: bool = False) -> Generator[Path]:
         try:
             partial.chmod(0o755)
             yield partial
+            if replace or not directory.exists():
+                _appear(partial, directory, replace=replace)
+                return
             for path in partial.rglob("*"):
                 _sync(path)
-            if replace and directory.exists():
-                shutil.rmtree(directory)
-            if not directory.exists():
-                partial.rename(directory)
-                return
             for path in sorted(partial.iterdir(), key=lambda path: path.name == LAST):
                 path.replace(directory / path.name)
         finally:
@@ -198,6 +198,12 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def last_checkpoint(directory: Path) -> Path | None:

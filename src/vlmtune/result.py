@@ -90,7 +90,7 @@ def answer_options(section: EvalSection, max_new_tokens: int | None = None) -> d
 def save(run: Run) -> None:
     """Writes the adapter with all that is needed to reproduce, merge and serve it; whole or not at all."""
     generation = run.model.generation_config
-    generation.eos_token_id = evaluation.stop_token_ids(run.model, run.prompter)
+    generation.eos_token_id = evaluation.stop_token_ids(generation, run.prompter)
     with whole(run.adapter_dir) as directory:
         run.model.save_pretrained(str(directory))
         (directory / "README.md").unlink(missing_ok=True)  # peft's empty model card
@@ -111,7 +111,7 @@ def serving(run: Run) -> Serving:
         run.processor,
         family=run.family.name,
         dtype=str(compute_dtype(run.recipe.model)).removeprefix("torch."),
-        stop_ids=evaluation.stop_token_ids(run.model, run.prompter),
+        stop_ids=evaluation.stop_token_ids(run.model.generation_config, run.prompter),
         context=getattr(run.model.config.get_text_config(), "max_position_embeddings", None),
         longest_row=max(plan.lengths) if plan is not None else None,
     )

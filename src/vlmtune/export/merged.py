@@ -15,15 +15,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from vlmtune.errors import ModelError
 from vlmtune.families import Family, find_family
 from vlmtune.model import load_config, parameter_names, skeleton
-from vlmtune.output import MARK
+from vlmtune.output import MANIFEST, MARK
 from vlmtune.recipe import ModelSection, Recipe, load_recipe
-
-INDEX = "model.safetensors.index.json"
-MANIFEST = "manifest.json"  # of the merge: it names the weights
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ class Merged:
 
     def copy_rest(self, out: Path, *, but: Collection[str] = ()) -> None:
         """Copies all files that are no weights: processor, chat template, configs, recipe."""
-        left = {*but, INDEX, MANIFEST, MARK, *(path.name for path in self.files)}
+        left = {*but, SAFE_WEIGHTS_INDEX_NAME, MANIFEST, MARK, *(path.name for path in self.files)}
         for path in self.directory.iterdir():
             if path.is_file() and path.name not in left:
                 shutil.copy2(path, out)
@@ -129,9 +127,9 @@ def open_merged(directory: Path, *, trust_remote_code: bool = False) -> Merged:
 
 
 def _files(directory: Path) -> tuple[Path, ...]:
-    if not (directory / INDEX).exists():
+    if not (directory / SAFE_WEIGHTS_INDEX_NAME).exists():
         return tuple(sorted(directory.glob("model*.safetensors")))
-    names = sorted(set(json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    names = sorted(set(json.loads((directory / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))["weight_map"].values()))
     missing = [name for name in names if not (directory / name).exists()]
     if missing:
         raise ModelError(f"{directory} is not whole: {missing[0]} is missing")

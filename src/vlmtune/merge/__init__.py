@@ -8,22 +8,21 @@ from typing import Annotated, Any, Literal
 
 import torch
 import typer
-from peft import PeftConfig
 
-from vlmtune.collator import MultimodalCollator
 from vlmtune.console import decisions
 from vlmtune.errors import ModelError, OutputError
-from vlmtune.families import Family, find_family
+from vlmtune.families import Family
 from vlmtune.merge.adapter import read_adapter
-from vlmtune.merge.beside import Beside, fingerprint
-from vlmtune.merge.stream import lay_out, make_room, write_weights
+from vlmtune.merge.base import find_base, where
+from vlmtune.merge.beside import check_beside, write_beside, write_manifest
+from vlmtune.merge.stream import fingerprint, lay_out, make_room, write_weights
 from vlmtune.merge.verify import check_answers, check_files, check_weights
-from vlmtune.merge.weights import stored
-from vlmtune.model import compute_dtype, load_config, read_model, read_processor, skeleton, weight_files
-from vlmtune.output import claim, resumable
-from vlmtune.recipe import ModelSection, load_recipe
+from vlmtune.model import check_trust, compute_dtype, read_model
+from vlmtune.output import MARK, claim, resumable
+from vlmtune.recipe import ModelSection
+from vlmtune.serving import carry_serving
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
@@ -72,41 +71,30 @@ def merge_adapter(
         OutputError: `out_dir` is not empty, or the disk has no room.
 
     """
-    adapter_dir, out_dir = Path(adapter_dir), Path(out_dir)
+    out_dir = Path(out_dir)
     if dtype not in (None, *DTYPES):
         raise ModelError(f"dtype {dtype!r} is none of bfloat16, float16 and float32")
-    chosen = DTYPES.get(dtype or "")
-    section = _base_section(adapter_dir, base)
-    if section.trust_remote_code and not trust_remote_code:
-        raise ModelError(f"{section.name} needs code of its own to be run: look at it, then say --trust-remote-code")
-    _apart(out_dir, adapter_dir, Path(section.name))
+    chosen: torch.dtype | None = getattr(torch, dtype) if dtype else None
+    adapter = read_adapter(Path(adapter_dir))
+    section = where(adapter, base)
+    check_trust(section, section.name, trust_remote_code=trust_remote_code)
+    _apart(out_dir, adapter.directory, Path(section.name))
     claim(out_dir, overwrite=overwrite)
-    adapter = read_adapter(adapter_dir)
-    config = load_config(section)
-    if getattr(config, "quantization_config", None):
-        raise ModelError(f"the base {section.name} is quantised: name the one that is not, as `base`")
-    found = find_family(family or section.family, config=config)
-    processor = read_processor(section, found, adapter_dir if (adapter_dir / "tokenizer_config.json").exists() else None)
-    collator = MultimodalCollator(processor, found, train_on_inputs=True)
-    model = skeleton(section, found, config)
-    files = weight_files(section)
-    layout = lay_out(
-        [tensor for path in files for tensor in stored(path)], adapter, model, dtype=chosen, max_shard_size=max_shard_size
-    )
+    found = find_base(section, adapter, family)
+    layout = lay_out(found.tensors, adapter, found.model, dtype=chosen, max_shard_size=max_shard_size)
     with resumable(out_dir, fingerprint(layout, adapter), replace=overwrite) as unfinished:
+        partial = unfinished.directory
         make_room(layout, unfinished)
         written = write_weights(layout, adapter, unfinished)
-        beside = Beside(unfinished.directory, out_dir, section, found, adapter, files[0].parent)
-        beside.write(config, model, processor, layout, collator.stop_token_id, base=base, dtype=chosen)
-        check_files(layout, unfinished.directory)
-        difference = check_weights(layout, adapter, model, unfinished.directory)
-        beside.check(processor, layout, collator.stop_token_id)
-        logits = None
-        if verify == "full":
-            logits = check_answers(section, collator, adapter, unfinished.directory, chosen)
-        beside.write_manifest(written)
-    moved = [change for change in written.largest.values() if change]
-    return MergeReport(out_dir, len(moved), max(moved), difference, logits)
+        write_beside(partial, found, adapter, untied=layout.untied, dtype=chosen)
+        carry_serving(adapter.directory, partial, out_dir, base=base, dtype=dtype)
+        check_files(layout, partial)
+        difference = check_weights(layout, adapter, found.model, partial)
+        check_beside(partial, found, layout)
+        logits = check_answers(partial, found, adapter, chosen) if verify == "full" else None
+        write_manifest(partial, found, adapter, written)
+        (partial / MARK).touch()
+    return MergeReport(out_dir, len(written.moved), max(written.moved.values()), difference, logits)
 
 
 def _apart(out_dir: Path, *sources: Path) -> None:
@@ -119,23 +107,6 @@ def _apart(out_dir: Path, *sources: Path) -> None:
 def load_merged(directory: Path, section: ModelSection, family: Family) -> Any:
     """A merged model, ready to answer: in the recipe's dtype, on the GPU as far as it fits there."""
     return read_model(section, family, directory, dtype=compute_dtype(section), device_map="auto").eval()
-
-
-def _base_section(adapter_dir: Path, base: str | None) -> ModelSection:
-    """Where the base is, by the recipe that lies with the adapter or by the adapter's own config."""
-    if not adapter_dir.is_dir():
-        raise ModelError(f"there is no directory {adapter_dir}: name a run's, or that of a PEFT adapter")
-    if not (adapter_dir / "adapter_config.json").exists():
-        raise ModelError(f"{adapter_dir} holds no adapter: adapter_config.json is missing")
-    if (adapter_dir / "recipe.yaml").exists():
-        section = load_recipe(adapter_dir / "recipe.yaml").model
-    else:
-        try:
-            config = PeftConfig.from_pretrained(str(adapter_dir))
-        except (ValueError, TypeError) as error:
-            raise ModelError(f"{adapter_dir} holds no adapter: adapter_config.json cannot be read ({error})") from error
-        section = ModelSection(name=config.base_model_name_or_path or "?", revision=config.revision)
-    return section.model_copy(update={"name": base, "revision": None}) if base else section
 
 
 def command(

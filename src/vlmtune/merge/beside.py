@@ -2,128 +2,49 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import copy
 import shutil
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig
 
 from vlmtune.errors import ModelError
-from vlmtune.families import Family
+from vlmtune.evaluation import stop_token_ids
 from vlmtune.merge.adapter import Adapter
+from vlmtune.merge.base import Base
 from vlmtune.merge.stream import Layout, Written
-from vlmtune.model import Processor, read_processor, skeleton
-from vlmtune.output import MARK, write_json
-from vlmtune.recipe import ModelSection
-from vlmtune.serving import carry_serving
+from vlmtune.model import read_processor, savable, skeleton
+from vlmtune.output import MANIFEST, sha256, write_json
 
-MANIFEST = "manifest.json"
 KEPT = ("LICENSE*", "NOTICE*", "USE_POLICY*", "*.py")  # of the base: its terms, and code of its own
 
 
-@dataclass(frozen=True)
-class Beside:
-    """The directory of a merged model, but for its weights."""
+def write_beside(directory: Path, base: Base, adapter: Adapter, *, untied: bool, dtype: torch.dtype | None) -> None:
+    """Config, generation config, processor, and what of the base belongs to its weights.
 
-    directory: Path  # unfinished
-    out_dir: Path  # what it is to become
-    section: ModelSection
-    family: Family
-    adapter: Adapter
-    base_dir: Path
+    Args:
+        directory: where the merged weights are.
+        base: what was merged into.
+        adapter: what was merged.
+        untied: embeddings and head were one weight, and are two now.
+        dtype: that was chosen for all weights; None: the base's.
 
-    def write(
-        self,
-        config: Any,
-        model: PreTrainedModel,
-        processor: Processor,
-        layout: Layout,
-        stop_token: int,
-        *,
-        base: str | None,
-        dtype: torch.dtype | None,
-    ) -> None:
-        """All of it but the manifest. `model` is the base without weights; None: what the adapter says, the base's dtype."""
-        _config_of_merged(config, model, untied=layout.untied, dtype=dtype).save_pretrained(str(self.directory))
-        self._generation_config(stop_token).save_pretrained(str(self.directory))
-        processor.save_pretrained(str(self.directory))
-        for pattern in KEPT:
-            for path in self.base_dir.glob(pattern):
-                shutil.copyfile(path, self.directory / path.name)
-        named = str(dtype).removeprefix("torch.") if dtype else None
-        carry_serving(self.adapter.directory, self.directory, self.out_dir, base=base, dtype=named)
-
-    def _generation_config(self, stop_token: int) -> GenerationConfig:
-        """The adapter's or the base's, with the stop token that the chat template ends answers with."""
-        for directory in (self.adapter.directory, self.base_dir):
-            if (directory / "generation_config.json").exists():
-                generation = GenerationConfig.from_pretrained(str(directory))
-                break
-        else:
-            generation = GenerationConfig()
-        own = generation.eos_token_id
-        listed = own if isinstance(own, list) else [own]
-        generation.eos_token_id = sorted({stop_token, *(token for token in listed if token is not None)})
-        try:
-            generation.validate(strict=True)
-        except ValueError:  # a temperature without do_sample, as older checkpoints have it
-            generation.do_sample = True
-        return generation
-
-    def check(self, processor: Processor, layout: Layout, stop_token: int) -> None:
-        """Reads all of it back.
-
-        Raises:
-            ModelError: it is not what was to be written.
-
-        """
-        config = AutoConfig.from_pretrained(str(self.directory), trust_remote_code=self.section.trust_remote_code)
-        tied = skeleton(self.section, self.family, config).all_tied_weights_keys
-        written = {target.entry.name for target in layout.targets}
-        template = read_processor(self.section, self.family, self.directory).chat_template
-        stops = GenerationConfig.from_pretrained(str(self.directory)).eos_token_id or []
-        faults = {
-            "its head would be tied to its embeddings again": layout.untied and not written.isdisjoint(tied),
-            "its chat template is another than the adapter's": template != processor.chat_template,
-            "generation would not stop at its stop token": stop_token not in stops,
-        }
-        for fault, found in faults.items():
-            if found:
-                raise ModelError(f"the merged model is not as it should be: {fault}; nothing was written")
-
-    def write_manifest(self, written: Written) -> None:
-        """Of what the model was made, and the SHA-256 of each of its files."""
-        hashes = {
-            path.name: written.hashes.get(path.name) or _sha256(path)
-            for path in sorted(self.directory.iterdir())
-            if path.is_file() and not path.name.startswith(".")
-        }
-        content = {
-            "vlmtune": version("vlmtune"),
-            "base": {
-                "name": self.section.name,
-                "revision": self.section.revision,
-                "files": {path.name: path.stat().st_size for path in sorted(self.base_dir.glob("*.safetensors"))},
-            },
-            "adapter": {"directory": str(self.adapter.directory), "sha256": _sha256(self.adapter.path)},
-            "changed": len(written.largest),
-            "files": {
-                name: {"bytes": (self.directory / name).stat().st_size, "sha256": digest} for name, digest in hashes.items()
-            },
-        }
-        write_json(self.directory / MANIFEST, content)
-        (self.directory / MARK).touch()
+    """
+    _merged_config(base, untied=untied, dtype=dtype).save_pretrained(str(directory))
+    _generation_config(base, adapter).save_pretrained(str(directory))
+    base.processor.save_pretrained(str(directory))
+    for pattern in KEPT:
+        for path in base.directory.glob(pattern):
+            shutil.copyfile(path, directory / path.name)
 
 
-def _config_of_merged(config: Any, model: PreTrainedModel, *, untied: bool, dtype: torch.dtype | None) -> Any:
-    config.architectures = config.architectures or [type(model).__name__]
-    parts = [config, *(getattr(config, name) for name in config.sub_configs if getattr(config, name, None) is not None)]
-    for part in parts:
+def _merged_config(base: Base, *, untied: bool, dtype: torch.dtype | None) -> Any:
+    config = copy.deepcopy(base.config)
+    config.architectures = config.architectures or [type(base.model).__name__]
+    for part in (config, *(getattr(config, name) for name in config.sub_configs if getattr(config, name, None) is not None)):
         if untied:
             part.tie_word_embeddings = False
         if dtype is not None:
@@ -131,18 +52,50 @@ def _config_of_merged(config: Any, model: PreTrainedModel, *, untied: bool, dtyp
     return config
 
 
-def fingerprint(layout: Layout, adapter: Adapter) -> str:
-    """All that the weights of a merge depend on, in a word."""
-    sources = {target.source.path for target in layout.targets}
+def _generation_config(base: Base, adapter: Adapter) -> GenerationConfig:
+    """The adapter's or the base's, with the stop token that the chat template ends answers with."""
+    there = [path for path in (adapter.directory, base.directory) if (path / "generation_config.json").exists()]
+    generation = GenerationConfig.from_pretrained(str(there[0])) if there else GenerationConfig()
+    generation.eos_token_id = stop_token_ids(generation, base.collator)
+    return savable(generation)
+
+
+def check_beside(directory: Path, base: Base, layout: Layout) -> None:
+    """Reads back what lies beside the weights.
+
+    Raises:
+        ModelError: it is not what was to be written.
+
+    """
+    config = AutoConfig.from_pretrained(str(directory), trust_remote_code=base.section.trust_remote_code)
+    tied = skeleton(base.section, base.family, config).all_tied_weights_keys
+    written = {target.entry.name for target in layout.targets}
+    template = read_processor(base.section, base.family, directory).chat_template
+    stops = GenerationConfig.from_pretrained(str(directory)).eos_token_id or []
+    faults = {
+        "its head would be tied to its embeddings again": layout.untied and not written.isdisjoint(tied),
+        "its chat template is another than the adapter's": template != base.processor.chat_template,
+        "generation would not stop at its stop token": base.collator.stop_token_id not in stops,
+    }
+    for fault, found in faults.items():
+        if found:
+            raise ModelError(f"the merged model is not as it should be: {fault}; nothing was written")
+
+
+def write_manifest(directory: Path, base: Base, adapter: Adapter, written: Written) -> None:
+    """Of what the model was made, and the size and SHA-256 of each file in the directory."""
+    files = [path for path in sorted(directory.iterdir()) if path.is_file() and not path.name.startswith(".")]
     content = {
         "vlmtune": version("vlmtune"),
-        "base": sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sources),
-        "adapter": [_sha256(adapter.path), _sha256(adapter.directory / "adapter_config.json")],
-        "files": {name: [str(target.entry) for target in targets] for name, targets in layout.files.items()},
+        "base": {
+            "name": base.section.name,
+            "revision": base.section.revision,
+            "files": {path.name: path.stat().st_size for path in base.files},
+        },
+        "adapter": {"directory": str(adapter.directory), "sha256": sha256(adapter.path)},
+        "changed": len(written.moved),
+        "files": {
+            path.name: {"bytes": path.stat().st_size, "sha256": written.hashes.get(path.name) or sha256(path)} for path in files
+        },
     }
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    write_json(directory / MANIFEST, content)

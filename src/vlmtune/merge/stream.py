@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import itertools
 import json
 import math
@@ -11,6 +12,7 @@ import shutil
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from vlmtune.errors import ModelError, OutputError
 from vlmtune.merge.adapter import Adapter, Change, Part, changes, parts
 from vlmtune.merge.weights import AHEAD, Entry, Stored, pieces, room, write
 from vlmtune.model import parameter_names
-from vlmtune.output import Unfinished
+from vlmtune.output import Unfinished, sha256
 
 PIECE = 2**16  # weights that are changed at once: in float32 and with what is made on the way, they stay in a core's cache
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -165,6 +167,18 @@ def size_in_bytes(text: str) -> int:
     return int(float(found[1]) * UNITS[found[2]])
 
 
+def fingerprint(layout: Layout, adapter: Adapter) -> str:
+    """All that the weights of a merge depend on, in a word."""
+    sources = {target.source.path for target in layout.targets}
+    content = {
+        "vlmtune": version("vlmtune"),
+        "base": sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sources),
+        "adapter": [sha256(adapter.path), sha256(adapter.directory / "adapter_config.json")],
+        "files": {name: [str(target.entry) for target in targets] for name, targets in layout.files.items()},
+    }
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
 def make_room(layout: Layout, unfinished: Unfinished) -> None:
     """Makes sure that the disk holds what is still to be written.
 
@@ -187,7 +201,7 @@ class Written:
     """What the files hold."""
 
     hashes: dict[str, str] = field(default_factory=dict[str, str])  # SHA-256 by file
-    largest: dict[str, float] = field(default_factory=dict[str, float])  # largest change by weight
+    moved: dict[str, float] = field(default_factory=dict[str, float])  # weights that changed, and how far the most
 
 
 def write_weights(layout: Layout, adapter: Adapter, unfinished: Unfinished) -> Written:
@@ -204,14 +218,14 @@ def write_weights(layout: Layout, adapter: Adapter, unfinished: Unfinished) -> W
             if name in unfinished.finished:
                 shown.advance(task, sum(target.entry.bytes for target in targets) / 1e6)
             else:
-                largest: dict[str, float] = {}
-                blocks = _merged(targets, adapter, largest)
+                moved: dict[str, float] = {}
+                blocks = _merged(targets, adapter, moved)
                 seen = (shown.advance(task, block.nbytes / 1e6) or block for block in blocks)
                 digest = write(unfinished.directory / name, [target.entry for target in targets], seen)
-                unfinished.done(name, {"sha256": digest, "largest": largest})
+                unfinished.done(name, {"sha256": digest, "moved": moved})
             written.hashes[name] = unfinished.finished[name]["sha256"]
-            written.largest |= unfinished.finished[name]["largest"]
-    if not any(written.largest.values()):
+            written.moved |= {weight: most for weight, most in unfinished.finished[name]["moved"].items() if most}
+    if not written.moved:
         raise ModelError("the adapter changes no weight of its base: it was never trained, or its weights were not saved")
     _write_index(layout, unfinished.directory)
     return written
@@ -231,7 +245,7 @@ def _undisturbed() -> Generator[None]:
             gc.enable()
 
 
-def _merged(targets: Iterable[Target], adapter: Adapter, largest: dict[str, float]) -> Iterator[Tensor]:
+def _merged(targets: Iterable[Target], adapter: Adapter, moved: dict[str, float]) -> Iterator[Tensor]:
     """The blocks of a file's tensors, changed and rounded once; notes how far each weight moved.
 
     Raises:
@@ -247,11 +261,11 @@ def _merged(targets: Iterable[Target], adapter: Adapter, largest: dict[str, floa
                 yield rows
                 continue
             written = room(memory, rows.numel() * dtype.itemsize).view(dtype).view(rows.shape)
-            moved = _change(rows, first, made, written)
-            if not math.isfinite(moved):
+            most = _change(rows, first, made, written)
+            if not math.isfinite(most):
                 raise ModelError(f"the adapter makes {name} something that is no number, or too large for {dtype}")
             if made:
-                largest[name] = max(moved, largest.get(name, 0.0))
+                moved[name] = max(most, moved.get(name, 0.0))
             yield written
 
 

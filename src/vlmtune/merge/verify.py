@@ -15,15 +15,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from vlmtune.collator import MultimodalCollator
 from vlmtune.console import bar
 from vlmtune.errors import ModelError, one_line
 from vlmtune.evaluation import probe
 from vlmtune.merge.adapter import Adapter, Part
+from vlmtune.merge.base import Base
 from vlmtune.merge.stream import Layout, Target
 from vlmtune.merge.weights import CODES, stored
 from vlmtune.model import old_names_allowed, read_model
-from vlmtune.recipe import ModelSection
 
 ROWS, COLUMNS = 32, 64  # of each weight that is looked at
 
@@ -170,13 +169,7 @@ def _at(name: str, module: nn.Module) -> nn.Module:
     return holder
 
 
-def check_answers(
-    section: ModelSection,
-    collator: MultimodalCollator,
-    adapter: Adapter,
-    directory: Path,
-    dtype: torch.dtype | None,
-) -> float:
+def check_answers(directory: Path, base: Base, adapter: Adapter, dtype: torch.dtype | None) -> float:
     """The whole of base + adapter and the whole merged model, one after the other in memory, asked the same.
 
     Returns:
@@ -186,16 +179,15 @@ def check_answers(
         ModelError: they differ by more than rounding explains.
 
     """
-    family = collator.family
-    batch = collator([probe(pictures=family.takes_images)])
+    batch = base.collator([probe(pictures=base.family.takes_images)])
     del batch["labels"]
-    base = read_model(section, family, dtype=dtype or "auto", device_map="cpu").eval()
-    kept = base.dtype
+    model = read_model(base.section, base.family, dtype=dtype or "auto", device_map="cpu").eval()
+    kept = model.dtype
     with old_names_allowed():
-        before = _logits(PeftModel.from_pretrained(base, str(adapter.directory)), batch)
-    del base
+        before = _logits(PeftModel.from_pretrained(model, str(adapter.directory)), batch)
+    del model
     gc.collect()
-    after = _logits(read_model(section, family, directory, dtype=kept, device_map="cpu").eval(), batch)
+    after = _logits(read_model(base.section, base.family, directory, dtype=kept, device_map="cpu").eval(), batch)
     difference = (after - before).abs().max().item()
     allowed = max(1e-4, before.abs().max().item() * (1e-4 if kept == torch.float32 else 0.1))
     if difference > allowed or difference != difference:

@@ -46,18 +46,24 @@ AHEAD = 32  # blocks that wait to be written
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor in a file."""
+class Entry:
+    """A tensor of a file: what its header says of it."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    path: Path
-    start: int  # byte in the file
 
     @property
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Stored(Entry):
+    """A tensor that lies in a file."""
+
+    path: Path
+    start: int  # byte in the file
 
     @property
     def rows(self) -> int:
@@ -129,19 +135,6 @@ def stored(path: Path) -> list[Stored]:
     if path.stat().st_size < end:
         raise ModelError(f"{path} has {path.stat().st_size:,} bytes where its header says {end:,}: it is not whole")
     return found
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor to be written."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write(path: Path, entries: Sequence[Entry], blocks: Iterable[Tensor]) -> str:

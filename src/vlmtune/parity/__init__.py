@@ -23,10 +23,10 @@ from vlmtune.console import bar, console
 from vlmtune.data import Rows, Split, find_bad_rows, load_data
 from vlmtune.errors import ModelError, RecipeError
 from vlmtune.families import find_family
-from vlmtune.model import load_config, load_processor, read_processor
+from vlmtune.model import check_trust, load_config, load_processor, read_processor
 from vlmtune.parity.client import Server
 from vlmtune.parity.compared import Finding, compare
-from vlmtune.recipe import ModelSection, Recipe, load_recipe, parse_overrides
+from vlmtune.recipe import Recipe, load_recipe, parse_overrides
 from vlmtune.serving import RECIPE, Serving, digest, faults, read_serving
 
 COLOURS = {"equal": "green", "broken": "bold red", "unproved": "yellow"}
@@ -104,23 +104,18 @@ def parity(
         raise RecipeError(f"{rows} rows prove nothing: ask for one or more")
     directory = Path(directory)
     found = read_serving(directory)
-    _check_trust(found.model, directory, trust_remote_code=trust_remote_code)
+    check_trust(found.model, directory, trust_remote_code=trust_remote_code)
     server = Server(url, model, found.name, timeout)
     if recipe is None and not (directory / RECIPE).exists():
         raise RecipeError(f"{directory} has no {RECIPE}: name the one it was trained by with --recipe")
     checked = load_recipe(recipe or directory / RECIPE, **overrides)
-    _check_trust(checked.model, directory, trust_remote_code=trust_remote_code)
+    check_trust(checked.model, directory, trust_remote_code=trust_remote_code)
     collator = _as_trained(checked, found, directory)
     findings = _contract(found, directory, collator)
     chosen = _chosen(checked, collator, rows)
     for position in bar(range(len(chosen)), "Asking the server"):
         findings += compare(chosen[position], server, collator, found)
     return Parity(server.url, str(directory), tuple(findings))
-
-
-def _check_trust(section: ModelSection, directory: Path, *, trust_remote_code: bool) -> None:
-    if section.trust_remote_code and not trust_remote_code:
-        raise ModelError(f"{directory} runs the code that came with its checkpoint: allow it with --trust-remote-code")
 
 
 def _as_trained(recipe: Recipe, found: Serving, directory: Path) -> MultimodalCollator:

@@ -16,6 +16,7 @@ from vlmtune.errors import ModelError, one_line
 from vlmtune.families import Family, find_family
 from vlmtune.model import (
     Processor,
+    check_trust,
     compute_dtype,
     keep_training_layout,
     load_base,
@@ -65,8 +66,7 @@ def read_kept(
 
     """
     found = read_serving(directory, base=base)
-    if found.model.trust_remote_code and not trust_remote_code:
-        raise ModelError(f"{directory} runs the code that came with its checkpoint: allow it with --trust-remote-code")
+    check_trust(found.model, directory, trust_remote_code=trust_remote_code)
     family = find_family(found.model.family)
     processor = read_processor(found.model, family, directory)
     if wrong := faults(found, directory, processor):
