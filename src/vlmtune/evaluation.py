@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,18 +83,18 @@ def expected_answer(sample: Sample, collator: MultimodalCollator) -> str:
     return collator.answer(sample) if beside(last) else _text(last)
 
 
+def redrawn(sample: Sample, draw: Callable[[tuple[int, int]], Image.Image]) -> dict[str, Any]:
+    """The sample with other pictures of the same sizes."""
+
+    def other(part: Mapping[str, Any]) -> dict[str, Any]:
+        return {**part, "image": draw(load_image(part["image"]).size)} if part["type"] == "image" else dict(part)
+
+    return {**sample, "messages": [{**m, "content": [other(part) for part in m["content"]]} for m in sample["messages"]]}
+
+
 def blanked(sample: Sample) -> dict[str, Any]:
-    """The sample with every picture replaced by a grey one of the same size: what a model says that cannot look."""
-
-    def blank(part: Mapping[str, Any]) -> dict[str, Any]:
-        if part["type"] != "image":
-            return dict(part)
-        return {"type": "image", "image": Image.new("RGB", load_image(part["image"]).size, (128, 128, 128))}
-
-    return {
-        **sample,
-        "messages": [{**m, "content": [blank(part) for part in m["content"]]} for m in sample["messages"]],
-    }
+    """The sample with every picture grey: what a model says that cannot look."""
+    return redrawn(sample, lambda size: Image.new("RGB", size, (128, 128, 128)))
 
 
 def probe(*, pictures: bool) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import cycle
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vlmtune.checks import Check, Finding, Patient, Row, failure, gib, named, ok, warning
 from vlmtune.collator import pictures
 from vlmtune.errors import DatasetError
-from vlmtune.evaluation import blanked
+from vlmtune.evaluation import blanked, redrawn
 from vlmtune.images import load_image
 from vlmtune.model import evaluating, on_device, part_of
 
@@ -271,7 +271,7 @@ def _short(patient: Patient) -> Row:
 
 def _example(patient: Patient) -> Row:
     """A short row, its pictures shaded, because attention learns nothing from patches of one colour."""
-    return _redrawn(_short(patient), lambda size: Image.radial_gradient("L").resize(size).convert("RGB"))
+    return redrawn(_short(patient), lambda size: Image.radial_gradient("L").resize(size).convert("RGB"))
 
 
 def _another(patient: Patient, row: Row) -> Row:
@@ -327,16 +327,7 @@ def _checksum(weight: Tensor) -> float:
 def _with_pictures_of(row: Row, other: Row) -> dict[str, Any]:
     """The row with the other's pictures, each resized to the one in whose place it comes: as many tokens stand for it."""
     sources = cycle(pictures(other))
-    return _redrawn(row, lambda size: load_image(next(sources)).resize(size))
-
-
-def _redrawn(row: Row, draw: Callable[[tuple[int, int]], Image.Image]) -> dict[str, Any]:
-    """The row with other pictures of the same sizes."""
-
-    def redrawn(part: Mapping[str, Any]) -> dict[str, Any]:
-        return {**part, "image": draw(load_image(part["image"]).size)} if part["type"] == "image" else dict(part)
-
-    return {**row, "messages": [{**m, "content": [redrawn(part) for part in m["content"]]} for m in row["messages"]]}
+    return redrawn(row, lambda size: load_image(next(sources)).resize(size))
 
 
 def _mean(values: Sequence[float]) -> float:
