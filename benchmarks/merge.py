@@ -91,8 +91,8 @@ def _noise(entries: Sequence[Entry], noise: torch.Tensor) -> Iterator[torch.Tens
             left -= min(left, len(noise))
 
 
-def write_adapter(name: str, base: Path, directory: Path, targets: Sequence[str], rank: int) -> int:
-    """A random adapter on the language model's layers; how many modules it has."""
+def write_adapter(name: str, base: Path, directory: Path, targets: Sequence[str], rank: int, saved: Sequence[str] = ()) -> int:
+    """A random adapter on the language model's layers, and modules that it has whole; how many it changes."""
     config = published_config(name)
     model = skeleton(ModelSection(name=name), find_family(None, config=config), config)
     chosen = {
@@ -104,13 +104,16 @@ def write_adapter(name: str, base: Path, directory: Path, targets: Sequence[str]
     for module, (rows, columns) in chosen.items():
         tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(rank, columns).mul_(0.02).bfloat16()
         tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(rows, rank).mul_(0.02).bfloat16()
+    for module in saved:
+        shape = model.get_submodule(module).weight.shape
+        tensors[f"base_model.model.{module}.weight"] = torch.randn(shape).mul_(0.02).bfloat16()
     directory.mkdir(parents=True)
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     pattern = rf"^(?:.*\.)?language_model\..*\.(?:{'|'.join(targets)})$"
-    LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=pattern, base_model_name_or_path=str(base)).save_pretrained(
-        directory
-    )
-    return len(chosen)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=pattern, modules_to_save=list(saved) or None)
+    config.base_model_name_or_path = str(base)
+    config.save_pretrained(directory)
+    return len(chosen) + len(saved)
 
 
 def measured(who: str, command: Sequence[str], base: Path, out: Path) -> Measured:
@@ -168,9 +171,14 @@ def main() -> None:
         print(f"{options.model}: {size / 1e9:.2f} GB in {len(list(base.glob('*.safetensors')))} files of weights\n")
         print("| adapter | who | seconds | × a copy | peak GiB |\n|---|---|---:|---:|---:|", flush=True)
         everything = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-        for label, targets, rank in (("r 8, q and v", ["q_proj", "v_proj"], 8), ("r 16, all linear", everything, 16)):
+        cases: list[tuple[str, list[str], int, list[str]]] = [
+            ("r 8, q and v", ["q_proj", "v_proj"], 8, []),
+            ("r 16, all linear", everything, 16, []),
+            ("r 8, q and v, head whole", ["q_proj", "v_proj"], 8, ["lm_head"]),
+        ]
+        for label, targets, rank, saved in cases:
             shutil.rmtree(adapter, ignore_errors=True)
-            modules = write_adapter(options.model, base, adapter, targets, rank)
+            modules = write_adapter(options.model, base, adapter, targets, rank, saved)
             commands = {
                 "a copy (`cp -r`)": ["cp", "-r", str(base), str(out)],
                 "vlmtune": [sys.executable, "-m", "vlmtune.merge", str(adapter), str(out)],

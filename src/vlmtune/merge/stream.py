@@ -24,7 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from vlmtune.console import progress
 from vlmtune.errors import ModelError, OutputError
 from vlmtune.merge.adapter import Adapter, Change, Part, changes, parts
-from vlmtune.merge.weights import AHEAD, Entry, Stored, pieces, room, write
+from vlmtune.merge.weights import AHEAD, Entry, Stored, ahead, pieces, room, write
 from vlmtune.model import parameter_names
 from vlmtune.output import Unfinished, sha256
 
@@ -252,37 +252,47 @@ def _merged(targets: Iterable[Target], adapter: Adapter, moved: dict[str, float]
         ModelError: a weight is no number, or too large for its dtype.
 
     """
-    memory = pieces(2 * (AHEAD + 1))  # a block that is changed takes two
+    memory = pieces(AHEAD + 1)
+    made: list[Change] = []
+    for target, first, rows in ahead(_blocks(targets)):
+        name, dtype = target.entry.name, target.entry.dtype
+        if first == 0:
+            made = [change for part in target.parts for change in changes(adapter, part, target.source.shape)]
+        if not made and dtype == rows.dtype:
+            yield rows
+            continue
+        written = room(memory, rows.numel() * dtype.itemsize).view(dtype).view(rows.shape)
+        most = _change(rows, first, made, written)
+        if not math.isfinite(most):
+            raise ModelError(f"the adapter makes {name} something that is no number, or too large for {dtype}")
+        if made:
+            moved[name] = max(most, moved.get(name, 0.0))
+        yield written
+
+
+def _blocks(targets: Iterable[Target]) -> Iterator[tuple[Target, int, Tensor]]:
+    memory = pieces(2 * AHEAD + 2)  # a block waits to be changed, and where it is not, to be written
     for target in targets:
-        name, source, dtype = target.entry.name, target.source, target.entry.dtype
-        made = [change for part in target.parts for change in changes(adapter, part, source.shape)]
-        for first, rows in source.blocks(memory):
-            if not made and dtype == source.dtype:
-                yield rows
-                continue
-            written = room(memory, rows.numel() * dtype.itemsize).view(dtype).view(rows.shape)
-            most = _change(rows, first, made, written)
-            if not math.isfinite(most):
-                raise ModelError(f"the adapter makes {name} something that is no number, or too large for {dtype}")
-            if made:
-                moved[name] = max(most, moved.get(name, 0.0))
-            yield written
+        for first, rows in target.source.blocks(memory):
+            yield target, first, rows
 
 
 def _change(rows: Tensor, first: int, made: Sequence[Change], written: Tensor) -> float:
     """Writes the rows after all changes, and says how far the one moved that moved most; no number where one is none."""
     step = max(1, PIECE // max(1, rows.shape[1]))
+    memory = torch.empty(2, step, rows.shape[1])
     moved = torch.zeros(())
-    for start in range(0, len(rows), step):
+    for start in range(0, len(rows) if rows.numel() else 0, step):
         here = slice(start, start + step)
-        before = after = rows[here].float()
+        before, now = memory[:, : len(rows[here])]
+        after = before.copy_(rows[here])
         for change in made:
             after = change(after, first + start)
         written[here] = after
-        if after.numel():
-            unchanged = before if written.dtype == rows.dtype else before.to(written.dtype).float()
-            least, most = torch.aminmax(written[here].float() - unchanged)
-            moved = torch.maximum(moved, torch.maximum(-least, most))  # which keeps NaN
+        if written.dtype != rows.dtype:
+            before.copy_(before.to(written.dtype))
+        least, most = torch.aminmax(now.copy_(written[here]).sub_(before))
+        moved = torch.maximum(moved, torch.maximum(-least, most))  # which keeps NaN
     return moved.item()
 
 

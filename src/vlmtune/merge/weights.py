@@ -10,20 +10,21 @@ import hashlib
 import itertools
 import json
 import math
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from vlmtune.errors import ModelError
+from vlmtune.merge.direct import WrittenOnce, read_once
+
+T = TypeVar("T")
 
 DTYPES = {
     "F64": torch.float64,
@@ -41,7 +42,6 @@ DTYPES = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 BLOCK = 2**20  # bytes that are read at once
-FLUSH = 2**28  # bytes after which the disk is set to work
 AHEAD = 32  # blocks that wait to be written
 
 
@@ -79,7 +79,7 @@ class Stored(Entry):
         Each block comes in the next piece of `memory`, or in its own where a row is larger than that.
         """
         step = max(1, BLOCK // max(1, self.row_bytes))
-        with self.path.open("rb", buffering=0) as file:
+        with read_once(self.path) as file:
             for first in range(0, self.rows, step):
                 count = min(step, self.rows - first)
                 yield first, self._read(file, room(memory, count * self.row_bytes), first, count)
@@ -112,6 +112,15 @@ def pieces(count: int) -> Iterator[Tensor]:
     return itertools.cycle([torch.empty(BLOCK, dtype=torch.uint8) for _ in range(count)])
 
 
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The items, of which the next `AHEAD` are made in a thread of their own."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = deque(thread.submit(next, items, None) for _ in range(AHEAD))
+        while (item := waiting.popleft().result()) is not None:
+            waiting.append(thread.submit(next, items, None))
+            yield item
+
+
 def stored(path: Path) -> list[Stored]:
     """What a file holds, in the order of its bytes.
 
@@ -140,35 +149,22 @@ def stored(path: Path) -> list[Stored]:
 def write(path: Path, entries: Sequence[Entry], blocks: Iterable[Tensor]) -> str:
     """Writes a file from the blocks of its tensors in their order, while they come; returns its SHA-256.
 
-    Writing, hashing and the disk go on beside what makes the next block. The file is on the disk when this returns. The memory
-    of a block may be used again when `AHEAD` more have come.
+    Writing and hashing go on beside what makes the next block. The file is on the disk when this returns. The memory of a block
+    may be used again when `AHEAD` more have come.
     """
     digest = hashlib.sha256()
-    with path.open("wb", buffering=0) as file, ExitStack() as threads:
-        hashing, writing, flushing = (threads.enter_context(ThreadPoolExecutor(1)) for _ in range(3))
+    with WrittenOnce(path) as file, ThreadPoolExecutor(1) as hashing, ThreadPoolExecutor(1) as writing:
         waiting: deque[Future[None]] = deque()
-        flushed: list[Future[None]] = []
-        unflushed = 0
-        for data in itertools.chain([memoryview(_header(entries))], map(_bytes, blocks)):
-            waiting += [hashing.submit(digest.update, data), writing.submit(_put, file, data)]
+        for data in itertools.chain([_header(entries)], map(_flat, blocks)):
+            waiting += [hashing.submit(digest.update, _bytes(data)), writing.submit(file.write, data)]
             while len(waiting) > 2 * AHEAD:
                 waiting.popleft().result()
-            unflushed += len(data)
-            if unflushed > FLUSH:  # the disk would idle first and keep all waiting in the end
-                unflushed = 0
-                flushed.append(flushing.submit(os.fdatasync, file.fileno()))
-        for future in (*waiting, *flushed):
+        for future in waiting:
             future.result()
-        os.fsync(file.fileno())
     return digest.hexdigest()
 
 
-def _put(file: FileIO, data: memoryview) -> None:
-    while data:
-        data = data[file.write(data) :]
-
-
-def _header(entries: Sequence[Entry]) -> bytes:
+def _header(entries: Sequence[Entry]) -> Tensor:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
     for entry in entries:
@@ -180,10 +176,14 @@ def _header(entries: Sequence[Entry]) -> bytes:
         at += entry.bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    return torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 def _bytes(tensor: Tensor) -> memoryview:
     """The tensor's own bytes."""
-    flat: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    flat: Any = _flat(tensor).numpy()
     return memoryview(flat)

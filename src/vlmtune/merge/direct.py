@@ -1,0 +1,74 @@
+"""Large files that are gone through once: without filling the system's page cache, where the system lets us.
+
+What goes through the page cache is copied, kept in memory and written later, which is most of the work of a copy.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+ROOM = 2**22  # bytes that are written at once
+
+
+@contextmanager
+def read_once(path: Path) -> Generator[FileIO]:
+    """A file to read from front to back: Linux is told, and reads well ahead."""
+    with path.open("rb", buffering=0) as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        yield file
+
+
+class WrittenOnce:
+    """A new file, written from front to back, and on the disk at the end of a `with`.
+
+    O_DIRECT wants whole pages, so all goes through memory that begins with a page, and what is left through the cache:
+    https://man7.org/linux/man-pages/man2/open.2.html. File systems without it get everything through the cache.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
+        try:
+            self._file = os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o666)
+        except OSError:
+            self._file = os.open(path, flags, 0o666)
+        self._pages = mmap.mmap(-1, ROOM)
+        self._room = torch.frombuffer(self._pages, dtype=torch.uint8)
+        self._filled = 0
+
+    def write(self, data: Tensor) -> None:
+        """Appends bytes."""
+        while len(data):
+            part = data[: ROOM - self._filled]
+            self._room[self._filled : self._filled + len(part)] = part  # torch lets other threads run meanwhile
+            self._filled += len(part)
+            data = data[len(part) :]
+            if self._filled == ROOM:
+                self._write_all()
+
+    def _write_all(self) -> None:
+        left = memoryview(self._pages)
+        while left:
+            left = left[os.write(self._file, left) :]
+        self._filled = 0
+
+    def __enter__(self) -> WrittenOnce:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        os.close(self._file)
+        if error is None:
+            with self._path.open("ab") as file:
+                file.write(self._pages[: self._filled])
+                file.flush()
+                os.fsync(file.fileno())
