@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -11,11 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import KINDS
+from tiny import KINDS, make_processor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from vlmtune import ModelError, OutputError, finetune, merge_adapter
 from vlmtune.merge import adapter as adapter_module
+from vlmtune.merge.direct import ROOM, WrittenOnce
 from vlmtune.result import Run
 
 MakeRecipe = Callable[..., dict[str, Any]]
@@ -77,6 +81,36 @@ def test_rank_stabilised_and_weight_decomposed_adapters_merge_too(
 def test_the_merged_dtype_can_be_chosen(trained: Callable[..., Run], tmp_path: Path) -> None:
     merge_adapter(trained().adapter_dir, tmp_path / "merged", dtype="bfloat16")
     assert {tensor.dtype for tensor in load_file(tmp_path / "merged" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_a_model_larger_than_the_memory_for_blocks_comes_out_as_it_went_in(tmp_path: Path) -> None:
+    """Memory is used again after some blocks: none may be overwritten before it was written."""
+    config = LlamaConfig(vocab_size=100_000, hidden_size=512, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).bfloat16()
+    model.save_pretrained(tmp_path / "base")
+    make_processor("text").save_pretrained(tmp_path / "base")
+    tuned = get_peft_model(model, LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False))
+    tuned.base_model.model.config.name_or_path = str(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "adapter")
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=str(tmp_path / "base"))
+    merged, expected = load_file(tmp_path / "merged" / "model.safetensors"), tuned.merge_and_unload().state_dict()
+    assert torch.equal(merged["model.embed_tokens.weight"], expected["model.embed_tokens.weight"])
+    assert (merged["lm_head.weight"].float() - expected["lm_head.weight"].float()).abs().max() <= 0.02  # PEFT rounds twice
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_file_is_written_byte_by_byte_with_and_without_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool
+) -> None:
+    if not direct:
+        monkeypatch.delattr("os.O_DIRECT", raising=False)
+    chance = random.Random(0)
+    pieces = [chance.randbytes(chance.randrange(1, 2 * ROOM // 5)) for _ in range(20)]
+    with WrittenOnce(tmp_path / "file") as file:
+        for piece in pieces:
+            file.write(torch.frombuffer(bytearray(piece), dtype=torch.uint8))
+    assert (tmp_path / "file").read_bytes() == b"".join(pieces)
 
 
 def test_an_adapter_that_changes_nothing_is_refused(trained: Callable[..., Run], tmp_path: Path) -> None:

@@ -20,12 +20,15 @@ ROOM = 2**22  # bytes that are written at once
 
 
 @contextmanager
-def read_once(path: Path) -> Generator[FileIO]:
-    """A file to read from front to back: Linux is told, and reads well ahead."""
+def read_once(path: Path, start: int, length: int) -> Generator[FileIO]:
+    """A file, of which these bytes are read from front to back: Linux is told, reads well ahead and forgets them afterwards."""
     with path.open("rb", buffering=0) as file:
+        file.seek(start)
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_SEQUENTIAL)
         yield file
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_DONTNEED)
 
 
 class WrittenOnce:

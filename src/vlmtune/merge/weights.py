@@ -79,19 +79,19 @@ class Stored(Entry):
         Each block comes in the next piece of `memory`, or in its own where a row is larger than that.
         """
         step = max(1, BLOCK // max(1, self.row_bytes))
-        with read_once(self.path) as file:
+        with read_once(self.path, self.start, self.bytes) as file:
             for first in range(0, self.rows, step):
                 count = min(step, self.rows - first)
-                yield first, self._read(file, room(memory, count * self.row_bytes), first, count)
+                yield first, self._read(file, room(memory, count * self.row_bytes), count)
 
     def some(self, first: int, count: int) -> Tensor:
         """Rows from `first` on: `[rows, columns]`."""
         count = min(count, self.rows - first)
         with self.path.open("rb", buffering=0) as file:
-            return self._read(file, torch.empty(count * self.row_bytes, dtype=torch.uint8), first, count)
+            file.seek(self.start + first * self.row_bytes)
+            return self._read(file, torch.empty(count * self.row_bytes, dtype=torch.uint8), count)
 
-    def _read(self, file: FileIO, memory: Tensor, first: int, count: int) -> Tensor:
-        file.seek(self.start + first * self.row_bytes)
+    def _read(self, file: FileIO, memory: Tensor, count: int) -> Tensor:
         left = _bytes(memory)
         while left:
             read = file.readinto(left)
