@@ -159,14 +159,14 @@ def run_apart(job: Job) -> dict[str, Any]:
 def measure(job: Job) -> None:
     """Runs `finetune` with its parts wrapped, and leaves what they took in `result.json`."""
     import vlmtune
-    from vlmtune import training, vision_cache
+    from vlmtune import batching, training, vision_cache
     from vlmtune.packing import BatchPlan
     from vlmtune.trainer import Trainer
 
     decodes = job.run == "memory"
     parts = Parts(Path(job.work) if job.profile else None)
-    parts.wrap(training, "load_data", "reading rows")
-    parts.wrap(training, "find_bad_rows", "checking rows, pictures too" if decodes else "checking rows")
+    parts.wrap(batching, "load_data", "reading rows")
+    parts.wrap(batching, "find_bad_rows", "checking rows, pictures too" if decodes else "checking rows")
     parts.wrap(training, "load_model", "loading the model")
     parts.wrap(training, "counted_rows", "counting tokens")
     parts.wrap(vision_cache, "_distinct", "looking through pictures")

@@ -24,7 +24,7 @@ from statistics import median
 from typing import Any
 
 from data import make_rows
-from model import FAMILIES, SMALL, count_rows, make_checkpoint, reference_row, shares, shares_table, useful_flops
+from model import FAMILIES, SMALL, WIDE, count_rows, make_checkpoint, reference_row, shares, shares_table, useful_flops
 from rich.console import Console
 from rich.table import Table
 
@@ -91,6 +91,8 @@ def main() -> None:
     if options.draw:
         show(json.loads(options.draw.read_text(encoding="utf-8")), options.picture)
         return
+    if options.wide:
+        options.family, SMALL["qwen2_vl"] = "qwen2_vl", WIDE
     options.out.mkdir(parents=True, exist_ok=True)
     console.print(shares_table())
     pythons = {"vlmtune": sys.executable, "llamafactory": options.llamafactory_python, "mswift": options.mswift_python}
@@ -112,6 +114,7 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=(*FAMILIES, "all"), default="all")
+    parser.add_argument("--wide", action="store_true", help="Qwen2-VL with a quarter of the widths instead of an eighth")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, help="default: all that have an environment")
     parser.add_argument("--out", type=Path, default=Path("build/speed"), help="where models, rows, logs and speed.json go")

@@ -105,7 +105,7 @@ def test_an_export_has_all_that_the_merged_model_had_beside_its_weights(merged: 
     (directory / "manifest.json").write_text('{"files": {"model.safetensors": {}}}')
     export_model(directory, tmp_path / "out")
     left = {path.name for path in directory.iterdir()} - {path.name for path in (tmp_path / "out").iterdir()}
-    assert left == {"model.safetensors", "manifest.json"}
+    assert left == {"model.safetensors", "manifest.json", "serving.json"}  # the last two are of those weights
 
 
 def test_tied_weights_lie_under_both_names_and_once_in_the_file(tmp_path: Path) -> None:

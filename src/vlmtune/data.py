@@ -6,32 +6,21 @@ as possible, and a row keeps its number in the user's file, so that every error 
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
-import json
 import random
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import datasets
-
 from vlmtune.console import bar
 from vlmtune.errors import DatasetError
 from vlmtune.images import Shrunk, load_image
 from vlmtune.messages import format_messages
+from vlmtune.reading import Row, read_rows
 from vlmtune.recipe import DataSection
 
-Row = Mapping[str, Any]
 Sizes: TypeAlias = Mapping[int, tuple[int, int]]  # number of a picture in its row, from 0 → width, height
-READERS = {".parquet": "parquet", ".arrow": "arrow"}  # of datasets.load_dataset
-SEPARATORS = {".csv": ",", ".tsv": "\t"}
-KNOWN = ".jsonl, .json, .parquet, .csv, .tsv, .arrow"
-LONGEST_CELL = 2**31 - 1  # characters: a picture in a data URL is more than the csv module's own limit
-NO_SPLIT = "hold rows out with data.eval_source, data.eval_fraction or data.eval_rows"
 SHOWN = 5  # wrong rows that an error names
 
 
@@ -46,7 +35,7 @@ class Rows:
     Pictures are a path, URL, data URL, bytes or PIL image. Rows count from 1, as the lines of a file do.
     """
 
-    content: Sequence[Row]  # a list, or a datasets.Dataset
+    content: Sequence[Row]  # as `reading.read_rows` gives them, or a list
     source: str
     root: Path  # relative paths of pictures start here
     template: Mapping[str, Any]  # keywords of format_messages
@@ -190,129 +179,12 @@ def find_bad_rows(rows: Rows, *, check_images: bool = True) -> dict[int, str]:
 
 
 def _open(section: DataSection, source: str, split: str) -> Rows:
+    content = read_rows(source, split)
     path = Path(source).expanduser()
     template = {name: getattr(section, name) for name in ("format", "system", "prompt", "response", "images")}
-    if path.suffix in {".json", ".jsonl"} or (path.is_file() and path.suffix in SEPARATORS):
-        content: Sequence[Row] = _read_table(path) if path.suffix in SEPARATORS else _read_json(path)
-        if split != "train":
-            raise DatasetError(f"data source {path} is one file and has no split {split!r}: {NO_SPLIT}")
-    elif path.is_file() and path.suffix not in READERS:
-        raise DatasetError(f"data source {path} is a {path.suffix or 'file without suffix'}; files of {KNOWN} can be read")
-    else:
-        content = _read_dataset(path, source, split)
-    if len(content) == 0:
-        raise DatasetError(f"data source {source} holds no rows")
     root = path if path.is_dir() else path.parent if path.is_file() else Path()
     name = path.name if path.exists() else f"{source}, split {split}"
     return Rows(content, name, root, template, range(len(content)))
-
-
-def _text(path: Path) -> str:
-    """The file's text, its line ends as they are."""
-    try:
-        if path.is_fifo():  # would wait for a writer
-            raise DatasetError(f"data source {path} is a pipe, wanted a file")
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise DatasetError(f"data source {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"data source {path} is not UTF-8: {error.reason} at byte {error.start}") from None
-
-
-def _read_table(path: Path) -> list[Row]:
-    """Rows of a .csv or .tsv file: each cell is the text that it is, an empty one is null.
-
-    Pandas would make 7 of `007`, null of `NA`, and shift the cells of rows that are longer than the header.
-    """
-    limit = csv.field_size_limit(LONGEST_CELL)
-    lines = csv.reader(io.StringIO(_text(path), newline=""), delimiter=SEPARATORS[path.suffix], strict=True)
-    try:
-        filled = [cells for cells in lines if cells]
-    except csv.Error as error:
-        raise DatasetError(f"line {lines.line_num} of {path} cannot be read: {error}") from None
-    finally:
-        csv.field_size_limit(limit)
-    header, rows = (filled or [[]])[0], filled[1:]
-    if twice := [name for name, count in Counter(header).items() if count > 1]:
-        raise DatasetError(f"data source {path} has {header.count(twice[0])} columns of the name {twice[0]!r}")
-    for number, cells in enumerate(rows, 1):
-        if len(cells) != len(header):
-            raise DatasetError(
-                f"row {number} of {path} has {len(cells)} cells, wanted {len(header)} as in the header: a cell that holds "
-                "a separator or a line's end stands in quotes"
-            )
-    return [{name: cell or None for name, cell in zip(header, cells, strict=True)} for cells in rows]
-
-
-def _read_json(path: Path) -> list[Row]:
-    """Rows of a .jsonl or .json file, as Python has them: Arrow would refuse columns whose rows differ in type."""
-    text = _text(path)
-    if path.suffix == ".json":
-        return _json_array(path, text)
-    rows: list[Row] = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            rows.append(_json(line, f"line {number} of {path}"))
-    return rows
-
-
-def _json(text: str, where: str) -> Any:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):  # the last would stand for all
-            twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-            raise DatasetError(f"{where} has the key {twice!r} more than once in one object")
-        return found
-
-    try:
-        return json.loads(text, object_pairs_hook=once)
-    except json.JSONDecodeError as error:
-        place = f"column {error.colno}" if "\n" not in text else f"line {error.lineno}, column {error.colno}"
-        raise DatasetError(f"{where} is not JSON: {error.msg.removesuffix(' at')} at {place}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-        raise DatasetError(f"{where} cannot be read as JSON: {error}") from None
-
-
-def _json_array(path: Path, text: str) -> list[Row]:
-    content = _json(text, str(path))
-    if isinstance(content, dict) and isinstance(content.get("data"), list):
-        content = content["data"]
-    if not isinstance(content, list):
-        raise DatasetError(f"{path} holds a {type(content).__name__}; a list of rows is wanted")
-    return content
-
-
-def _read_dataset(path: Path, source: str, split: str) -> Sequence[Row]:
-    for table in sorted(path.rglob("*")) if path.is_dir() else ():
-        if table.suffix in SEPARATORS:
-            _read_table(table)  # refuses what pandas would shift
-    try:
-        if path.is_file():
-            dataset = datasets.load_dataset(READERS[path.suffix], data_files=str(path), split=split)
-        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            dataset = datasets.load_from_disk(str(path))
-        else:
-            dataset = datasets.load_dataset(source, split=split)
-        if isinstance(dataset, datasets.DatasetDict):
-            dataset = dataset[split]
-        elif dataset.split is None and split != "train":  # saved without a name
-            raise KeyError(split)
-    except KeyError:
-        raise DatasetError(f"data source {source} has no split {split!r}: {NO_SPLIT}") from None
-    except Exception as error:  # datasets raises errors of a dozen kinds, and the messages are what matters
-        reason = " ".join(str(error.__cause__ or error).split())
-        if reason.startswith("Unknown split"):
-            raise DatasetError(f"data source {source} has no split {split!r}: {NO_SPLIT}") from None
-        if "corresponds to no data" in reason or "BatchSize must be greater than 0" in reason:  # a header, and no rows
-            return []
-        found = "cannot be read" if path.exists() else "is no file, no directory and no data set on the hub"
-        raise DatasetError(f"data source {source} {found}: {reason}") from error
-    for name, feature in dataset.features.items():
-        if isinstance(feature, datasets.Image):
-            dataset = dataset.cast_column(name, datasets.Image(decode=False))
-        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
-            dataset = dataset.cast_column(name, datasets.List(datasets.Image(decode=False)))
-    return dataset  # pyright: ignore[reportReturnType]
 
 
 def _rooted(message: Mapping[str, Any], root: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from vlmtune.families import Family, find_family
 from vlmtune.model import load_config, parameter_names, skeleton
 from vlmtune.output import MANIFEST, MARK
 from vlmtune.recipe import ModelSection, Recipe, load_recipe
+from vlmtune.serving import FILE as CONTRACT
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ class Merged:
         return found
 
     def copy_rest(self, out: Path, *, but: Collection[str] = ()) -> None:
-        """Copies all files that are no weights: processor, chat template, configs, recipe."""
-        left = {*but, SAFE_WEIGHTS_INDEX_NAME, MANIFEST, MARK, *(path.name for path in self.files)}
+        """Copies all files that are no weights: processor, chat template, configs, recipe. The contract is of these weights."""
+        left = {*but, SAFE_WEIGHTS_INDEX_NAME, MANIFEST, MARK, CONTRACT, *(path.name for path in self.files)}
         for path in self.directory.iterdir():
             if path.is_file() and path.name not in left:
                 shutil.copy2(path, out)

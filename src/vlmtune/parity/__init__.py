@@ -63,14 +63,27 @@ class Parity:
         for what in dict.fromkeys(finding.what for finding in self.findings):
             counts = Counter(finding.verdict for finding in self.findings if finding.what == what)
             table.add_row(what, *(str(counts[verdict]) if counts[verdict] else "" for verdict in COLOURS))
-        if self.nothing_proved:
-            table.caption = "No prompt and no picture is proved: the server does not tell what it made of them"
         console.print(table)
         unproved = {finding.what: finding for finding in self.unproved}
         for finding in (*self.broken, *unproved.values()):
             where = finding.where if finding.verdict == "broken" else "not proved"
             line = f"{where}: {finding.what}: {finding.detail}"
             console.print(line, style=COLOURS[finding.verdict], highlight=False, markup=False)
+        verdict, sentence = self._conclusion()
+        console.print(sentence, style=COLOURS[verdict], highlight=False)
+
+    def _conclusion(self) -> tuple[str, str]:
+        count = len(self.findings)
+        if self.broken:
+            return (
+                "broken",
+                f"{len(self.broken)} of {count} comparisons are broken: the model is asked otherwise than it was trained",
+            )
+        if self.nothing_proved:
+            return "unproved", "No prompt and no picture is proved: the server does not tell what it made of them"
+        if self.unproved:
+            return "unproved", f"{len(self.unproved)} of {count} comparisons prove nothing; the others are equal to training"
+        return "equal", f"All {count} comparisons are equal: the model is asked as it was trained"
 
 
 def parity(
