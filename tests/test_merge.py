@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -99,12 +102,27 @@ def test_a_model_larger_than_the_memory_for_blocks_comes_out_as_it_went_in(tmp_p
     assert (merged["lm_head.weight"].float() - expected["lm_head.weight"].float()).abs().max() <= 0.02  # PEFT rounds twice
 
 
-@pytest.mark.parametrize("direct", [True, False])
+def without_direct(function: Callable[..., int]) -> Callable[..., int]:
+    """The system's function, which refuses whatever has to do with O_DIRECT."""
+
+    def refusing(first: Any, second: Any, *rest: Any) -> int:
+        flags = fcntl.fcntl(first, fcntl.F_GETFL) if isinstance(first, int) else second
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return function(first, second, *rest)
+
+    return refusing
+
+
+@pytest.mark.parametrize("refused", ["nothing", "always", "to open", "to write"])
 def test_a_file_is_written_byte_by_byte_with_and_without_the_page_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str
 ) -> None:
-    if not direct:
+    """As file systems are: some have O_DIRECT, some refuse it when a file is opened, some when it is written."""
+    if refused == "always":
         monkeypatch.delattr("os.O_DIRECT", raising=False)
+    elif refused != "nothing":
+        monkeypatch.setattr(f"os.{refused.removeprefix('to ')}", without_direct(getattr(os, refused.removeprefix("to "))))
     chance = random.Random(0)
     pieces = [chance.randbytes(chance.randrange(1, 2 * ROOM // 5)) for _ in range(20)]
     with WrittenOnce(tmp_path / "file") as file:

@@ -5,6 +5,7 @@ What goes through the page cache is copied, kept in memory and written later, wh
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from collections.abc import Generator
@@ -35,16 +36,18 @@ class WrittenOnce:
     """A new file, written from front to back, and on the disk at the end of a `with`.
 
     O_DIRECT wants whole pages, so all goes through memory that begins with a page, and what is left through the cache:
-    https://man7.org/linux/man-pages/man2/open.2.html. File systems without it get everything through the cache.
+    https://man7.org/linux/man-pages/man2/open.2.html. Of file systems without it some refuse to open, some to write.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
+        path.write_bytes(b"")
+        self._direct: int = getattr(os, "O_DIRECT", 0)
         try:
-            self._file = os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o666)
+            self._file = self._open()
         except OSError:
-            self._file = os.open(path, flags, 0o666)
+            self._direct = 0
+            self._file = self._open()
         self._pages = mmap.mmap(-1, ROOM)
         self._room = torch.frombuffer(self._pages, dtype=torch.uint8)
         self._filled = 0
@@ -57,21 +60,34 @@ class WrittenOnce:
             self._filled += len(part)
             data = data[len(part) :]
             if self._filled == ROOM:
-                self._write_all()
+                self._write_all(memoryview(self._pages))
+                self._filled = 0
 
-    def _write_all(self) -> None:
-        left = memoryview(self._pages)
+    def _write_all(self, left: memoryview) -> None:
         while left:
-            left = left[os.write(self._file, left) :]
-        self._filled = 0
+            try:
+                left = left[os.write(self._file, left) :]
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._direct:
+                    raise
+                self._through_the_cache()
+
+    def _through_the_cache(self) -> None:
+        os.close(self._file)
+        self._direct = 0
+        self._file = self._open()
+
+    def _open(self) -> int:
+        return os.open(self._path, os.O_WRONLY | os.O_APPEND | self._direct | getattr(os, "O_BINARY", 0))
 
     def __enter__(self) -> WrittenOnce:
         return self
 
     def __exit__(self, error: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        os.close(self._file)
-        if error is None:
-            with self._path.open("ab") as file:
-                file.write(self._pages[: self._filled])
-                file.flush()
-                os.fsync(file.fileno())
+        try:
+            if error is None:
+                self._through_the_cache()
+                self._write_all(memoryview(self._pages)[: self._filled])
+                os.fsync(self._file)
+        finally:
+            os.close(self._file)
