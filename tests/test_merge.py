@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from hashlib import sha256
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -102,16 +103,19 @@ def test_a_model_larger_than_the_memory_for_blocks_comes_out_as_it_went_in(tmp_p
     assert (merged["lm_head.weight"].float() - expected["lm_head.weight"].float()).abs().max() <= 0.02  # PEFT rounds twice
 
 
-def without_direct(function: Callable[..., int]) -> Callable[..., int]:
-    """The system's function, which refuses whatever has to do with O_DIRECT."""
+class WithoutDirect(FileIO):
+    """A file on a system that opens it with O_DIRECT and then does not write it."""
 
-    def refusing(first: Any, second: Any, *rest: Any) -> int:
-        flags = fcntl.fcntl(first, fcntl.F_GETFL) if isinstance(first, int) else second
-        if flags & os.O_DIRECT:
+    def write(self, data: Any, /) -> int:
+        if fcntl.fcntl(self, fcntl.F_GETFL) & os.O_DIRECT:
             raise OSError(errno.EINVAL, "Invalid argument")
-        return function(first, second, *rest)
+        return super().write(data)
 
-    return refusing
+
+def not_opened(path: Any, flags: int, *rest: Any, open: Any = os.open) -> int:
+    if flags & os.O_DIRECT:
+        raise OSError(errno.EINVAL, "Invalid argument")
+    return open(path, flags, *rest)
 
 
 @pytest.mark.parametrize("refused", ["nothing", "always", "to open", "to write"])
@@ -121,14 +125,25 @@ def test_a_file_is_written_byte_by_byte_with_and_without_the_page_cache(
     """As file systems are: some have O_DIRECT, some refuse it when a file is opened, some when it is written."""
     if refused == "always":
         monkeypatch.delattr("os.O_DIRECT", raising=False)
-    elif refused != "nothing":
-        monkeypatch.setattr(f"os.{refused.removeprefix('to ')}", without_direct(getattr(os, refused.removeprefix("to "))))
+    elif refused == "to open":
+        monkeypatch.setattr("os.open", not_opened)
+    elif refused == "to write":
+        monkeypatch.setattr("vlmtune.merge.direct.FileIO", WithoutDirect)
     chance = random.Random(0)
     pieces = [chance.randbytes(chance.randrange(1, 2 * ROOM // 5)) for _ in range(20)]
     with WrittenOnce(tmp_path / "file") as file:
         for piece in pieces:
             file.write(torch.frombuffer(bytearray(piece), dtype=torch.uint8))
     assert (tmp_path / "file").read_bytes() == b"".join(pieces)
+
+
+def test_after_an_error_nothing_more_is_written(tmp_path: Path) -> None:
+    """A thread that still has blocks to write must not write them into the next file that is opened."""
+    with pytest.raises(KeyboardInterrupt), WrittenOnce(tmp_path / "file") as file:
+        raise KeyboardInterrupt
+    with (tmp_path / "other").open("wb"), pytest.raises(ValueError, match="closed file"):
+        file.write(torch.zeros(ROOM, dtype=torch.uint8))
+    assert (tmp_path / "other").stat().st_size == 0
 
 
 def test_an_adapter_that_changes_nothing_is_refused(trained: Callable[..., Run], tmp_path: Path) -> None:

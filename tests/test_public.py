@@ -1,6 +1,8 @@
 import subprocess
 import sys
 
+import pytest
+
 import vlmtune
 
 
@@ -39,6 +41,21 @@ def test_importing_vlmtune_is_quick_and_brings_no_torch() -> None:
 def test_messages_recipes_and_plans_bring_no_torch() -> None:
     code = "import sys; from vlmtune import format_messages, load_recipe, make_plan, Recipe; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
+@pytest.mark.parametrize(
+    "words", ["merge /nowhere out", "serve /nowhere", "parity http://localhost /nowhere", "run /nowhere.yaml"]
+)
+def test_a_mistake_is_told_before_torch_is_imported(words: str) -> None:
+    code = (
+        "import sys; from vlmtune.__main__ import main; sys.argv = ['vlmtune', *sys.argv[1:]]\n"
+        "try: main()\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "nowhere" in done.stderr
+    assert done.stdout.strip() == "False"
 
 
 def test_the_command_lines_say_how_they_are_used() -> None:

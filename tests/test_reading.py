@@ -52,7 +52,7 @@ def test_rows_take_a_few_bytes_more_than_their_file(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert len(rows) == 20_000
-    assert kept < path.stat().st_size + 20 * len(rows)
+    assert kept < 9 / 8 * path.stat().st_size + 20 * len(rows)  # a bytearray has some room to grow
 
 
 def test_a_row_can_be_changed_by_whoever_asked_for_it() -> None:

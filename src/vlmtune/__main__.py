@@ -1,21 +1,21 @@
 """`vlmtune run ...`, `vlmtune plan ...`, and so on: the verbs of `python -m vlmtune.<verb>` under one name."""
 
-from vlmtune import doctor, export, merge, parity, plan, preview, run, serve
-from vlmtune.console import command_line
+import sys
+from importlib import import_module
+
+from vlmtune.console import command_line, interruptible
+
+VERBS = ("run", "plan", "preview", "doctor", "merge", "export", "serve", "parity")
 
 
 def main() -> None:
-    """The console script `vlmtune`."""
-    command_line(
-        run=run.command,
-        plan=plan.command,
-        preview=preview.command,
-        doctor=doctor.command,
-        merge=merge.command,
-        export=export.command,
-        serve=serve.command,
-        parity=parity.command,
-    )
+    """The console script `vlmtune`, which imports the verb that is asked for and no other."""
+    asked = [verb for verb in VERBS if verb in sys.argv[1:2]]
+    if asked:
+        sys.argv[:2] = [f"vlmtune {asked[0]}"]
+    with interruptible():
+        commands = {verb: import_module(f"vlmtune.{verb}").command for verb in asked or VERBS}
+    command_line(**commands)
 
 
 if __name__ == "__main__":

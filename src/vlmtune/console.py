@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
@@ -94,10 +95,18 @@ def command_line(**commands: Callable[..., None]) -> None:
     app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
     for name, command in commands.items():
         app.command(name)(command)
+    with interruptible():
+        try:
+            app()
+        except VlmtuneError as error:
+            Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+            sys.exit(2)
+
+
+@contextmanager
+def interruptible() -> Generator[None]:
+    """Ends the process without a traceback where the user interrupts it."""
     try:
-        app()
-    except VlmtuneError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+        yield
     except KeyboardInterrupt:
         sys.exit(130)

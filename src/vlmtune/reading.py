@@ -27,11 +27,10 @@ class TextRows(Sequence[Row]):
     """Rows as the JSON that they were, read again whenever one is asked for: a fifth of the memory of Python's objects."""
 
     def __init__(self, lines: Iterable[str]) -> None:
-        text, self._ends = bytearray(), array("q", [0])
+        self._text, self._ends = bytearray(), array("q", [0])
         for line in lines:
-            text += line.encode("utf-8", "surrogatepass")
-            self._ends.append(len(text))
-        self._text = bytes(text)
+            self._text += line.encode("utf-8", "surrogatepass")
+            self._ends.append(len(self._text))
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -82,7 +81,13 @@ def _text(path: Path) -> str:
 
 
 def _read_table(path: Path) -> TextRows:
-    """Rows of a .csv or .tsv file: each cell is the text that it is, an empty one is null.
+    """Rows of a .csv or .tsv file: each cell is the text that it is, an empty one is null."""
+    header, rows = _read_cells(path)
+    return TextRows(_dump({name: cell or None for name, cell in zip(header, cells, strict=True)}) for cells in rows)
+
+
+def _read_cells(path: Path) -> tuple[list[str], list[list[str]]]:
+    """The header, and the cells of each row.
 
     Pandas would make 7 of `007`, null of `NA`, and shift the cells of rows that are longer than the header.
     """
@@ -103,7 +108,7 @@ def _read_table(path: Path) -> TextRows:
                 f"row {number} of {path} has {len(cells)} cells, wanted {len(header)} as in the header: a cell that holds "
                 "a separator or a line's end stands in quotes"
             )
-    return TextRows(_dump({name: cell or None for name, cell in zip(header, cells, strict=True)}) for cells in rows)
+    return header, rows
 
 
 def _read_json(path: Path) -> TextRows:
@@ -152,7 +157,7 @@ def _json_array(path: Path, text: str) -> list[Any]:
 def _read_dataset(path: Path, source: str, split: str) -> Sequence[Row]:
     for table in sorted(path.rglob("*")) if path.is_dir() else ():
         if table.suffix in SEPARATORS:
-            _read_table(table)  # refuses what pandas would shift
+            _read_cells(table)  # refuses what pandas would shift
     try:
         if path.is_file():
             dataset = datasets.load_dataset(READERS[path.suffix], data_files=str(path), split=split)

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from vlmtune.batch import OF_TOKENS
 from vlmtune.errors import ModelError, one_line
 from vlmtune.output import write_json
 from vlmtune.recipe import ModelSection, Recipe
@@ -228,6 +227,8 @@ def seen(batch: Mapping[str, Any]) -> dict[str, Any]:
         batch: of one prompt, as the processor made it.
 
     """
+    from vlmtune.batch import OF_TOKENS  # torch, which is not needed to read a contract
+
     shown = {name: batch[name] for name in sorted(batch) if name not in (*OF_TOKENS, "cross_attention_mask")}
     found = hashlib.blake2b(digest_size=16)
     for values in shown.values():

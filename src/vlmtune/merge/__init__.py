@@ -4,23 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 import typer
 
 from vlmtune.console import decisions
 from vlmtune.errors import ModelError, OutputError
-from vlmtune.families import Family
-from vlmtune.merge.adapter import read_adapter
-from vlmtune.merge.base import find_base, where
-from vlmtune.merge.beside import check_beside, write_beside, write_manifest
-from vlmtune.merge.stream import fingerprint, lay_out, make_room, write_weights
-from vlmtune.merge.verify import check_answers, check_files, check_weights
-from vlmtune.model import check_trust, compute_dtype, read_model
 from vlmtune.output import MARK, claim, resumable
 from vlmtune.recipe import ModelSection
-from vlmtune.serving import carry_serving
+
+if TYPE_CHECKING:
+    from vlmtune.families import Family
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -71,15 +65,28 @@ def merge_adapter(
         OutputError: `out_dir` is not empty, or the disk has no room.
 
     """
-    out_dir = Path(out_dir)
+    adapter_dir, out_dir = Path(adapter_dir), Path(out_dir)
     if dtype not in (None, *DTYPES):
         raise ModelError(f"dtype {dtype!r} is none of bfloat16, float16 and float32")
+    _check_adapter(adapter_dir)
+    claim(out_dir, overwrite=overwrite)
+
+    # what takes seconds to import: mistakes are told before
+    import torch
+
+    from vlmtune.merge.adapter import read_adapter
+    from vlmtune.merge.base import find_base, where
+    from vlmtune.merge.beside import check_beside, write_beside, write_manifest
+    from vlmtune.merge.stream import fingerprint, lay_out, make_room, write_weights
+    from vlmtune.merge.verify import check_answers, check_files, check_weights
+    from vlmtune.model import check_trust
+    from vlmtune.serving import carry_serving
+
     chosen: torch.dtype | None = getattr(torch, dtype) if dtype else None
-    adapter = read_adapter(Path(adapter_dir))
+    adapter = read_adapter(adapter_dir)
     section = where(adapter, base)
     check_trust(section, section.name, trust_remote_code=trust_remote_code)
     _apart(out_dir, adapter.directory, Path(section.name))
-    claim(out_dir, overwrite=overwrite)
     found = find_base(section, adapter, family)
     layout = lay_out(found.tensors, adapter, found.model, dtype=chosen, max_shard_size=max_shard_size)
     with resumable(out_dir, fingerprint(layout, adapter), replace=overwrite) as unfinished:
@@ -97,6 +104,13 @@ def merge_adapter(
     return MergeReport(out_dir, len(written.moved), max(written.moved.values()), difference, logits)
 
 
+def _check_adapter(directory: Path) -> None:
+    if not directory.is_dir():
+        raise ModelError(f"there is no directory {directory}: name a run's, or that of a PEFT adapter")
+    if not (directory / "adapter_config.json").exists():
+        raise ModelError(f"{directory} holds no adapter: adapter_config.json is missing")
+
+
 def _apart(out_dir: Path, *sources: Path) -> None:
     """Refuses to write where the adapter or its base lies, or above."""
     for source in (path.resolve() for path in sources if path.exists()):
@@ -106,6 +120,8 @@ def _apart(out_dir: Path, *sources: Path) -> None:
 
 def load_merged(directory: Path, section: ModelSection, family: Family) -> Any:
     """A merged model, ready to answer: in the recipe's dtype, on the GPU as far as it fits there."""
+    from vlmtune.model import compute_dtype, read_model
+
     return read_model(section, family, directory, dtype=compute_dtype(section), device_map="auto").eval()
 
 

@@ -128,10 +128,6 @@ def read_adapter(directory: Path) -> Adapter:
 
 
 def _config(directory: Path) -> LoraConfig:
-    if not directory.is_dir():
-        raise ModelError(f"there is no directory {directory}: name a run's, or that of a PEFT adapter")
-    if not (directory / "adapter_config.json").exists():
-        raise ModelError(f"{directory} holds no adapter: adapter_config.json is missing")
     try:
         config = PeftConfig.from_pretrained(str(directory))
     except (ValueError, TypeError, KeyError) as error:

@@ -9,7 +9,7 @@ import errno
 import mmap
 import os
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -44,10 +44,10 @@ class WrittenOnce:
         path.write_bytes(b"")
         self._direct: int = getattr(os, "O_DIRECT", 0)
         try:
-            self._file = self._open()
+            self._file = self._opened()
         except OSError:
             self._direct = 0
-            self._file = self._open()
+            self._file = self._opened()
         self._pages = mmap.mmap(-1, ROOM)
         self._room = torch.frombuffer(self._pages, dtype=torch.uint8)
         self._filled = 0
@@ -66,28 +66,30 @@ class WrittenOnce:
     def _write_all(self, left: memoryview) -> None:
         while left:
             try:
-                left = left[os.write(self._file, left) :]
+                left = left[self._file.write(left) :]
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._direct:
                     raise
                 self._through_the_cache()
 
     def _through_the_cache(self) -> None:
-        os.close(self._file)
+        self._file.close()
         self._direct = 0
-        self._file = self._open()
+        self._file = self._opened()
 
-    def _open(self) -> int:
-        return os.open(self._path, os.O_WRONLY | os.O_APPEND | self._direct | getattr(os, "O_BINARY", 0))
+    def _opened(self) -> FileIO:
+        return FileIO(self._path, "ab", opener=lambda path, flags: os.open(path, flags | self._direct))
 
     def __enter__(self) -> WrittenOnce:
         return self
 
     def __exit__(self, error: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        try:
+        with closing(self):
             if error is None:
                 self._through_the_cache()
                 self._write_all(memoryview(self._pages)[: self._filled])
-                os.fsync(self._file)
-        finally:
-            os.close(self._file)
+                os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Whoever writes after this gets an error."""
+        self._file.close()

@@ -10,8 +10,8 @@ import math
 import re
 import shutil
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -219,9 +219,9 @@ def write_weights(layout: Layout, adapter: Adapter, unfinished: Unfinished) -> W
                 shown.advance(task, sum(target.entry.bytes for target in targets) / 1e6)
             else:
                 moved: dict[str, float] = {}
-                blocks = _merged(targets, adapter, moved)
-                seen = (shown.advance(task, block.nbytes / 1e6) or block for block in blocks)
-                digest = write(unfinished.directory / name, [target.entry for target in targets], seen)
+                with closing(_merged(targets, adapter, moved)) as blocks:
+                    seen = (shown.advance(task, block.nbytes / 1e6) or block for block in blocks)
+                    digest = write(unfinished.directory / name, [target.entry for target in targets], seen)
                 unfinished.done(name, {"sha256": digest, "moved": moved})
             written.hashes[name] = unfinished.finished[name]["sha256"]
             written.moved |= {weight: most for weight, most in unfinished.finished[name]["moved"].items() if most}
@@ -245,7 +245,7 @@ def _undisturbed() -> Generator[None]:
             gc.enable()
 
 
-def _merged(targets: Iterable[Target], adapter: Adapter, moved: dict[str, float]) -> Iterator[Tensor]:
+def _merged(targets: Iterable[Target], adapter: Adapter, moved: dict[str, float]) -> Generator[Tensor]:
     """The blocks of a file's tensors, changed and rounded once; notes how far each weight moved.
 
     Raises:
@@ -254,26 +254,30 @@ def _merged(targets: Iterable[Target], adapter: Adapter, moved: dict[str, float]
     """
     memory = pieces(AHEAD + 1)
     made: list[Change] = []
-    for target, first, rows in ahead(_blocks(targets)):
-        name, dtype = target.entry.name, target.entry.dtype
-        if first == 0:
-            made = [change for part in target.parts for change in changes(adapter, part, target.source.shape)]
-        if not made and dtype == rows.dtype:
-            yield rows
-            continue
-        written = room(memory, rows.numel() * dtype.itemsize).view(dtype).view(rows.shape)
-        most = _change(rows, first, made, written)
-        if not math.isfinite(most):
-            raise ModelError(f"the adapter makes {name} something that is no number, or too large for {dtype}")
-        if made:
-            moved[name] = max(most, moved.get(name, 0.0))
-        yield written
+    with closing(ahead(_blocks(targets))) as blocks:
+        for target, first, rows in blocks:
+            name, dtype = target.entry.name, target.entry.dtype
+            if first == 0:
+                made = [change for part in target.parts for change in changes(adapter, part, target.source.shape)]
+            if not made and dtype == rows.dtype:
+                yield rows
+                continue
+            written = room(memory, rows.numel() * dtype.itemsize).view(dtype).view(rows.shape)
+            most = _change(rows, first, made, written)
+            if not math.isfinite(most):
+                raise ModelError(f"the adapter makes {name} something that is no number, or too large for {dtype}")
+            if made:
+                moved[name] = max(most, moved.get(name, 0.0))
+            yield written
 
 
 def _blocks(targets: Iterable[Target]) -> Iterator[tuple[Target, int, Tensor]]:
     memory = pieces(2 * AHEAD + 2)  # a block waits to be changed, and where it is not, to be written
     for target in targets:
-        for first, rows in target.source.blocks(memory):
+        source = target.source
+        if not target.parts:  # rows do not matter, and those of fused experts are larger than a piece
+            source = replace(source, shape=(math.prod(source.shape),))
+        for first, rows in source.blocks(memory):
             yield target, first, rows
 
 

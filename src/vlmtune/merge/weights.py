@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
@@ -42,7 +42,7 @@ DTYPES = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 BLOCK = 2**20  # bytes that are read at once
-AHEAD = 32  # blocks that wait to be written
+AHEAD = 32  # blocks that are read before they are wanted, and as many that wait to be written
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def pieces(count: int) -> Iterator[Tensor]:
     return itertools.cycle([torch.empty(BLOCK, dtype=torch.uint8) for _ in range(count)])
 
 
-def ahead(items: Iterator[T]) -> Iterator[T]:
+def ahead(items: Iterator[T]) -> Generator[T]:
     """The items, of which the next `AHEAD` are made in a thread of their own."""
     with ThreadPoolExecutor(1) as thread:
         waiting = deque(thread.submit(next, items, None) for _ in range(AHEAD))

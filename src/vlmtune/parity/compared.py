@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from vlmtune.batch import IGNORE
 from vlmtune.collator import MultimodalCollator
 from vlmtune.errors import one_line
 from vlmtune.evaluation import question
 from vlmtune.parity.client import RefusedError, Server
+from vlmtune.parity.findings import Finding, Verdict, What
 from vlmtune.serving import Serving, seen
 
-Verdict = Literal["equal", "broken", "unproved"]
-What = Literal["contract", "prompt", "pictures", "end"]
 AROUND = 6  # tokens shown on each side of the first difference
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What was compared, and what came of it."""
-
-    where: str  # "row 17 of train.jsonl", or a directory
-    what: What
-    verdict: Verdict
-    detail: str
 
 
 def compare(sample: Mapping[str, Any], server: Server, collator: MultimodalCollator, found: Serving) -> list[Finding]:
