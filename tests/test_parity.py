@@ -321,11 +321,16 @@ def test_code_of_a_directory_runs_only_where_it_is_allowed_to(run: Run, url: str
     assert verdicts(found) == EQUAL
 
 
-def test_the_command_says_by_its_code_whether_all_is_equal(run: Run, url: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_says_by_its_code_and_its_last_line_whether_all_is_equal(
+    run: Run, url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     command(url, run.adapter_dir, rows=1, as_json=True, strict=True)
     assert json.loads(capsys.readouterr().out)["ok"] is True
+    command(url, run.adapter_dir, rows=1)
+    assert " ".join(capsys.readouterr().out.split()).endswith("comparisons are equal: the model is asked as it was trained")
     with pytest.raises(typer.Exit) as caught:
         command(url, run.adapter_dir, rows=1, model="another")
     assert caught.value.exit_code == 1
     shown = capsys.readouterr().out
     assert "row 1 of train.jsonl: prompt: the server refuses the row" in " ".join(shown.split())
+    assert " ".join(shown.split()).endswith("comparisons are broken: the model is asked otherwise than it was trained")
