@@ -69,7 +69,6 @@ def merge_adapter(
     if dtype not in (None, *DTYPES):
         raise ModelError(f"dtype {dtype!r} is none of bfloat16, float16 and float32")
     _check_adapter(adapter_dir)
-    claim(out_dir, overwrite=overwrite)
 
     # what takes seconds to import: mistakes are told before
     import torch
@@ -87,6 +86,7 @@ def merge_adapter(
     section = where(adapter, base)
     check_trust(section, section.name, trust_remote_code=trust_remote_code)
     _apart(out_dir, adapter.directory, Path(section.name))
+    claim(out_dir, overwrite=overwrite)
     found = find_base(section, adapter, family)
     layout = lay_out(found.tensors, adapter, found.model, dtype=chosen, max_shard_size=max_shard_size)
     with resumable(out_dir, fingerprint(layout, adapter), replace=overwrite) as unfinished:
