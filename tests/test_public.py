@@ -58,6 +58,17 @@ def test_a_mistake_is_told_before_torch_is_imported(words: str) -> None:
     assert done.stdout.strip() == "False"
 
 
+def test_an_interrupt_while_a_verb_is_imported_leaves_no_traceback() -> None:
+    code = (
+        "import signal, sys, threading; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "threading.Timer(0.5, signal.raise_signal, [signal.SIGINT]).start(); "
+        "sys.argv = ['vlmtune', 'doctor', 'nowhere.yaml']; from vlmtune.__main__ import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
+
+
 def test_the_command_lines_say_how_they_are_used() -> None:
     for verb in (".run", ".merge", ".export", ".plan", ".preview", ".doctor", ".serve", ".parity", ""):
         help_text = subprocess.check_output([sys.executable, "-m", f"vlmtune{verb}", "--help"], text=True)

@@ -11,11 +11,11 @@ VERBS = ("run", "plan", "preview", "doctor", "merge", "export", "serve", "parity
 def main() -> None:
     """The console script `vlmtune`, which imports the verb that is asked for and no other."""
     asked = [verb for verb in VERBS if verb in sys.argv[1:2]]
-    if asked:
-        sys.argv[:2] = [f"vlmtune {asked[0]}"]
     with interruptible():
         commands = {verb: import_module(f"vlmtune.{verb}").command for verb in asked or VERBS}
-    command_line(**commands)
+    if asked:
+        del sys.argv[1]
+    command_line(" ".join(["vlmtune", *asked]), **commands)
 
 
 if __name__ == "__main__":

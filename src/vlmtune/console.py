@@ -85,8 +85,8 @@ def half_blocks(picture: Image, width: int = 24) -> Text:
     return Text("\n").join(lines)
 
 
-def command_line(**commands: Callable[..., None]) -> None:
-    """Runs this process as a command line of one command, or of several by name.
+def command_line(program: str | None = None, /, **commands: Callable[..., None]) -> None:
+    """Runs this process as a command line of one command, or of several by name; `program` is what its help calls it.
 
     A mistake of the user's is printed as the sentence that it is, and the process ends with code 2.
     """
@@ -97,7 +97,7 @@ def command_line(**commands: Callable[..., None]) -> None:
         app.command(name)(command)
     with interruptible():
         try:
-            app()
+            app(prog_name=program)
         except VlmtuneError as error:
             Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
             sys.exit(2)
