@@ -23,7 +23,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from vlmtune import ModelError, OutputError, finetune, merge_adapter
 from vlmtune.merge import adapter as adapter_module
+from vlmtune.merge import stream
 from vlmtune.merge.direct import ROOM, WrittenOnce
+from vlmtune.merge.weights import BLOCK, stored
 from vlmtune.result import Run
 
 MakeRecipe = Callable[..., dict[str, Any]]
@@ -135,6 +137,15 @@ def test_a_file_is_written_byte_by_byte_with_and_without_the_page_cache(
         for piece in pieces:
             file.write(torch.frombuffer(bytearray(piece), dtype=torch.uint8))
     assert (tmp_path / "file").read_bytes() == b"".join(pieces)
+
+
+def test_what_is_only_copied_comes_in_blocks_of_one_size_however_large_its_rows_are(tmp_path: Path) -> None:
+    """A row of fused experts is a whole expert: dozens of them wait to be written."""
+    save_file({"experts": torch.randn(3, 1024, 2048).bfloat16()}, tmp_path / "file.safetensors")
+    (experts,) = stored(tmp_path / "file.safetensors")
+    blocks = [rows.clone() for _, _, rows in stream._blocks([stream.Target(experts, experts)])]
+    assert max(block.nbytes for block in blocks) <= BLOCK
+    assert torch.equal(torch.cat(blocks).view(experts.shape), load_file(tmp_path / "file.safetensors")["experts"])
 
 
 def test_after_an_error_nothing_more_is_written(tmp_path: Path) -> None:
