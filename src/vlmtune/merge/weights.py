@@ -92,7 +92,7 @@ class Stored(Entry):
             return self._read(file, torch.empty(count * self.row_bytes, dtype=torch.uint8), count)
 
     def _read(self, file: FileIO, memory: Tensor, count: int) -> Tensor:
-        left = _bytes(memory)
+        left = _buffer(memory)
         while left:
             read = file.readinto(left)
             if not read:
@@ -156,7 +156,7 @@ def write(path: Path, entries: Sequence[Entry], blocks: Iterable[Tensor]) -> str
     with WrittenOnce(path) as file, ThreadPoolExecutor(1) as hashing, ThreadPoolExecutor(1) as writing:
         waiting: deque[Future[None]] = deque()
         for data in itertools.chain([_header(entries)], map(_flat, blocks)):
-            waiting += [hashing.submit(digest.update, _bytes(data)), writing.submit(file.write, data)]
+            waiting += [hashing.submit(digest.update, _buffer(data)), writing.submit(file.write, data)]
             while len(waiting) > 2 * AHEAD:
                 waiting.popleft().result()
         for future in waiting:
@@ -180,10 +180,10 @@ def _header(entries: Sequence[Entry]) -> Tensor:
 
 
 def _flat(tensor: Tensor) -> Tensor:
+    """The tensor's own bytes."""
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    """The tensor's own bytes."""
-    flat: Any = _flat(tensor).numpy()
-    return memoryview(flat)
+def _buffer(flat: Tensor) -> memoryview:
+    array: Any = flat.numpy()  # whose types do not say that it is a buffer before Python 3.12
+    return memoryview(array)

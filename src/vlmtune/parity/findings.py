@@ -48,9 +48,7 @@ class Parity:
 
     def print(self) -> None:
         """Shows a line for each thing compared, then what is broken."""
-        table = Table(
-            title=f"{self.url} beside {self.directory}", title_justify="left", title_style="bold", caption_justify="left"
-        )
+        table = Table(title=f"{self.url} beside {self.directory}", title_justify="left", title_style="bold")
         for name in ("what", "equal", "broken", "unproved"):
             table.add_column(name)
         for what in dict.fromkeys(finding.what for finding in self.findings):
