@@ -70,11 +70,11 @@ def test_eight_bits_are_planned_and_what_is_left_out_is_said(recipe: MakeRecipe)
 
 @pytest.mark.parametrize("name", REFERENCES)
 def test_a_reference_recipe_is_planned_without_network_and_data(name: str) -> None:
-    """Weights are those that are published; the peaks were looked at once and hold to a tenth."""
+    """Weights are those that are published; the peaks were looked at once and hold to a twentieth."""
     plan = plan_here(str(RECIPES / f"{name}.yaml"), gpu="RTX3090", **STATED)
-    nf4, peak = {"qwen2vl_amazon": (3.14, 13.3), "llama32_vision_amazon": (4.19, 14.0), "pixtral_amazon": (5.24, 16.1)}[name]
+    nf4, peak = {"qwen2vl_amazon": (3.14, 11.4), "llama32_vision_amazon": (4.19, 12.7), "pixtral_amazon": (5.24, 15.7)}[name]
     assert plan.breakdown["language model, nf4"] == pytest.approx(nf4, abs=0.01)
-    assert plan.peak_gib == pytest.approx(peak, rel=0.1)
+    assert plan.peak_gib == pytest.approx(peak, rel=0.05)
     assert plan.steps == 129
     assert plan.verdict == "fits"
     assert plan.run_price is not None

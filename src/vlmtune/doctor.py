@@ -31,7 +31,7 @@ from vlmtune.console import command_line, console, is_main_process
 from vlmtune.data import Split, spread
 from vlmtune.errors import DatasetError, ModelError
 from vlmtune.families import Family
-from vlmtune.model import Processor, add_adapter, load_base, load_config, load_processor
+from vlmtune.model import Processor, load_base, load_config, load_processor, prepare_for_training
 from vlmtune.model_checks import MODEL, looks_when_trained
 from vlmtune.recipe import Recipe, load_recipe, parse_overrides
 from vlmtune.trainer import sft_config
@@ -239,7 +239,7 @@ def checkpoints(recipe: Recipe, rows: int) -> int:
 
 def _load(recipe: Recipe, family: Family) -> PeftModel:
     base = load_base(recipe.model, family, use_cpu=bool(recipe.train.get("use_cpu")))
-    return add_adapter(base, family, recipe.lora)
+    return prepare_for_training(base, family, recipe.lora)
 
 
 def _counted(patient: Patient) -> Patient:

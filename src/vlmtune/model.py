@@ -38,6 +38,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
+from vlmtune.activations import keep_less
 from vlmtune.attention import IMPLEMENTATION
 from vlmtune.errors import ModelError, RecipeError, one_line
 from vlmtune.families import Family, find_family
@@ -61,7 +62,7 @@ def load_model(recipe: Recipe, *, family: Family | str | None = None) -> tuple[P
     """
     processor, found = load_processor(recipe, family=family)
     base = load_base(recipe.model, found, use_cpu=bool(recipe.train.get("use_cpu")))
-    return add_adapter(base, found, recipe.lora), processor, found
+    return prepare_for_training(base, found, recipe.lora), processor, found
 
 
 def load_processor(recipe: Recipe, *, family: Family | str | None = None) -> tuple[Processor, Family]:
@@ -330,6 +331,17 @@ def keep_training_layout(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             vars(module)["support_avx512bf16_for_cpu"] = False
+
+
+def prepare_for_training(base: PreTrainedModel, family: Family, lora: LoraSection) -> PeftModel:
+    """The frozen model with a fresh LoRA adapter, keeping no more for the backward pass than it needs.
+
+    Raises:
+        RecipeError: a target that no module within the scope is called.
+
+    """
+    keep_less(base)
+    return add_adapter(base, family, lora)
 
 
 def add_adapter(base: PreTrainedModel, family: Family, lora: LoraSection) -> PeftModel:

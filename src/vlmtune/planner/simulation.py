@@ -23,12 +23,12 @@ from trl import SFTTrainer
 from vlmtune.errors import ModelError, one_line
 from vlmtune.families import Family
 from vlmtune.model import (
-    add_adapter,
     attend_by_row,
     compute_dtype,
     match_adapter_dtype,
     outline_base,
     part_of,
+    prepare_for_training,
     use_checkpointing,
 )
 from vlmtune.planner.allocator import replay, rounded
@@ -147,7 +147,7 @@ def outline(recipe: Recipe, family: Family, config: Any) -> PeftModel:
     if recipe.lora.use_dora and recipe.model.quantization != "none":
         raise ModelError("lora.use_dora on quantised layers cannot be simulated, so its memory is unknown: plan without it")
     with Outline():
-        return add_adapter(outline_base(recipe.model, family, config), family, recipe.lora)
+        return prepare_for_training(outline_base(recipe.model, family, config), family, recipe.lora)
 
 
 def simulation(
