@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, get_scheduler
 from transformers.debug_utils import DebugOption
@@ -18,10 +18,10 @@ from transformers.integrations import get_available_reporting_integrations, is_d
 from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig, SFTTrainer
 
-from vlmtune.batch import IGNORE
 from vlmtune.callbacks import PlanEpochs, Speed
 from vlmtune.errors import RecipeError, one_line
 from vlmtune.families import Family
+from vlmtune.head import Head, has_kernels
 from vlmtune.model import compute_dtype, kept_apart
 from vlmtune.packing import BatchPlan
 from vlmtune.plugins import did_you_mean
@@ -60,25 +60,25 @@ class Trainer(SFTTrainer):
         **kwargs: Any,
     ) -> None:
         self.plan, self._family, self._eval_collator = plan, family, eval_collator
-        self._speed, self._head = Speed(), HeadPositions()
+        self._speed = Speed()
         follow = [PlanEpochs(plan)] if plan is not None else []
         super().__init__(*args, callbacks=[self._speed, *follow, *callbacks], **kwargs)
         # the loss is divided by all trained tokens of a step, whatever the model's own forward does with their number:
         # else it would depend on how rows fall into micro-batches (`accepts_loss_kwargs`, transformers' modeling files)
         self.model_accepts_loss_kwargs = True
-        base: Any = cast("PeftModel", self.model).get_base_model()
-        base.base_model.register_forward_hook(self._head)
+        self._head = Head(cast("PeftModel", self.model))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        inputs = self._family.model_inputs(inputs)
+        inputs, called = kept_apart(model, self._family.model_inputs(inputs)), model
         if not self.args.label_smoothing_factor:  # which wants all logits
             inputs = self._head.choose(inputs)
+            called = model if has_kernels(self.args.device) else cast("nn.Module", self._head.scoring(model))
         try:
-            return super().compute_loss(model, kept_apart(model, inputs), return_outputs, num_items_in_batch)
+            return super().compute_loss(called, inputs, return_outputs, num_items_in_batch)
         finally:
-            self._head.positions = None
+            self._head.rest()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         with train_errors():
@@ -137,29 +137,6 @@ class Trainer(SFTTrainer):
             # TRL begins again at 0 when a run is resumed, and takes 3-D positions for a batch of one token
             self._metrics["train"]["num_tokens"] = [self.state.num_input_tokens_seen]
         super().log(logs, start_time)
-
-
-class HeadPositions:
-    """A forward hook on the model without its head: of the hidden states, it leaves those whose next token is trained on.
-
-    On a GPU TRL's fused head scores only these by itself, elsewhere every position.
-    https://github.com/huggingface/trl/blob/main/trl/trainer/utils.py (`add_fused_lm_head`)
-    """
-
-    positions: Tensor | None = None  # in the batch, flattened; None leaves all
-
-    def choose(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The batch with `shift_labels` `[1, trained]` in place of `labels` `[batch, seq]`, and their positions kept."""
-        targets = nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE).flatten()
-        self.positions = (targets != IGNORE).nonzero().flatten()
-        return {name: values for name, values in inputs.items() if name != "labels"} | {
-            "shift_labels": targets[self.positions][None]
-        }
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if self.positions is not None:
-            output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[self.positions][None]
-        return output
 
 
 def sft_config(recipe: Recipe) -> SFTConfig:

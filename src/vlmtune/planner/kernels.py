@@ -357,6 +357,8 @@ def stand_ins(kernels: Kernels) -> Generator[None]:
     import trl.kernels.chunked_logprob as head
     import trl.trainer.utils as trl_utils
 
+    from vlmtune import trainer
+
     AttentionInterface.register(IMPLEMENTATION, partial(packed_attention, kernel=kernels.kernel_for))
     enabled, dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
     clear, state = torch.clear_autocast_cache, torch.get_rng_state
@@ -375,6 +377,7 @@ def stand_ins(kernels: Kernels) -> Generator[None]:
         replaced += [
             patch.object(head, "_use_triton", lambda _: True),
             patch.object(trl_utils, "_use_triton", lambda _: True),
+            patch.object(trainer, "has_kernels", lambda _: True),
             patch.object(head, "_forward_kernel", _NoKernel()),
             patch.object(head, "_backward_kernel", _NoKernel()),
             patch.object(head, "_addmm_fp32", _add_product),

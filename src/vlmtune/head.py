@@ -1,0 +1,137 @@
+"""The head at trained positions only: which these are, and how likely it makes the tokens there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.utils import is_triton_available
+from trl.trainer.utils import FusedCausalLMOutput
+
+from vlmtune.batch import IGNORE
+
+BLOCK = 2**20  # logits in 32 bit at once: 4 MiB, which a processor's cache holds
+
+
+class Head:
+    """Forward hooks on a model: of the hidden states, those whose next token is trained on; of their logits, what a loss needs.
+
+    TRL's fused head does both with Triton kernels. Where there are none it scores every position, in a dozen passes over
+    the logits that cost a small model a quarter of its step.
+    https://github.com/huggingface/trl/blob/main/trl/kernels/chunked_logprob.py
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        body: Any = model.get_base_model().base_model
+        body.register_forward_hook(self._leave_trained)
+        model.base_model.register_forward_hook(self._score)
+        self._positions: Tensor | None = None  # in the batch, flattened; None leaves all
+        self._targets: Tensor | None = None  # [trained]; None leaves logits as they are
+        self._entropy = self._is_top1 = torch.empty(0)
+
+    def choose(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch with `shift_labels` `[1, trained]` in place of `labels` `[batch, seq]`, and their positions kept."""
+        targets = nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE).flatten()
+        self._positions = (targets != IGNORE).nonzero().flatten()
+        return {name: values for name, values in inputs.items() if name != "labels"} | {
+            "shift_labels": targets[self._positions][None]
+        }
+
+    def scoring(self, model: Callable[..., Any]) -> Callable[..., FusedCausalLMOutput]:
+        """The model as TRL's trainer calls it, with the scores made here."""
+
+        def scored(*, fused_lm_head: bool, shift_labels: Tensor, **inputs: Any) -> FusedCausalLMOutput:
+            assert fused_lm_head
+            self._targets = shift_labels[0]
+            output = model(**inputs)
+            return FusedCausalLMOutput(
+                log_probs=output.logits,
+                entropy=self._entropy,
+                is_top1=self._is_top1,
+                label_mask=torch.ones_like(shift_labels, dtype=torch.bool),
+                aux_loss=output.get("aux_loss"),
+            )
+
+        return scored
+
+    def rest(self) -> None:
+        """Leaves hidden states and logits as they are, until the next `choose`."""
+        self._positions = self._targets = None
+
+    def _leave_trained(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if self._positions is not None:
+            output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[self._positions][None]
+        return output
+
+    def _score(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if self._targets is not None:
+            log_probs, self._entropy, self._is_top1 = score(output.logits[0], self._targets)
+            output.logits = log_probs[None]
+        return output
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether TRL's head has Triton kernels there, and scores in one pass."""
+    return is_triton_available() and device.type in ("cuda", "xpu")
+
+
+def score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """How likely each target is, and how sure of it the model.
+
+        >>> score(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
+        (tensor([-0.6931]), tensor([0.6931]), tensor([False]))
+
+    Args:
+        logits: `[tokens, vocabulary]`, of any floating dtype.
+        targets: `[tokens]`, one id each.
+
+    Returns:
+        of each token, in 32 bit: the logarithm of its probability, by which gradients go back; the entropy; whether no other
+        is as likely, or only later ones.
+
+    """
+    return _Scores.apply(logits, targets)  # pyright: ignore[reportReturnType]
+
+
+class _Scores(torch.autograd.Function):
+    """Block after block, and the logits' gradient with it, so that each logit is read once."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        log_probs, entropy = (torch.empty(len(targets), dtype=torch.float32, device=logits.device) for _ in range(2))
+        is_top1 = torch.empty(len(targets), dtype=torch.bool, device=logits.device)
+        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        for block in _blocks(logits):
+            logs, wanted = torch.log_softmax(logits[block], -1, dtype=torch.float32), targets[block, None]
+            probabilities = logs.exp()
+            log_probs[block] = logs.gather(-1, wanted).squeeze(-1)
+            entropy[block] = -(probabilities * logs).sum(-1)
+            is_top1[block] = logs.argmax(-1) == targets[block]
+            if gradient is not None:  # of the target's logarithm: 1 for the target itself, less each probability
+                gradient[block] = probabilities.neg_().scatter_add_(-1, wanted, torch.ones_like(wanted, dtype=torch.float32))
+        ctx.mark_non_differentiable(entropy, is_top1)
+        ctx.save_for_backward(gradient)
+        return log_probs, entropy, is_top1
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, of_log_probs: Tensor, *_: Any
+    ) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        scaled = torch.empty_like(gradient)
+        for block in _blocks(gradient):
+            scaled[block] = gradient[block] * of_log_probs[block, None]  # in 32 bit, and rounded once
+        return scaled, None
+
+
+def _blocks(logits: Tensor) -> Iterator[slice]:
+    """Rows that the cache holds, one run after the other."""
+    tokens, words = logits.shape
+    size = max(BLOCK // words, 1)
+    for start in range(0, tokens, size):
+        yield slice(start, start + size)
