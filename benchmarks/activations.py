@@ -64,7 +64,7 @@ def on_this_cpu() -> Iterator[list[str]]:
     """Forward and backward of 1,300 tokens in bfloat16; of an MLP what is around its matrix products."""
     for name, (hidden, wide) in WIDTHS.items():
         norms = [LlamaRMSNorm(hidden) for _ in range(2)]
-        gates = [LlamaMLP(LlamaConfig(hidden_size=8, intermediate_size=8)) for _ in range(2)]
+        gates = [LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=8)) for _ in range(2)]
         for gate in gates:
             for part in ("gate_proj", "up_proj", "down_proj"):
                 gate.set_submodule(part, nn.Identity())

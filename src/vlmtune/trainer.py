@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, get_scheduler
@@ -79,6 +80,11 @@ class Trainer(SFTTrainer):
             return super().compute_loss(called, inputs, return_outputs, num_items_in_batch)
         finally:
             self._head.rest()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Under autocast a 32-bit adapter's input is left in 16 bit: peft would raise it, and autocast lower it again."""
+        with disable_input_dtype_casting(cast("PeftModel", self.model), active=self.args.bf16 or self.args.fp16):
+            return super().training_step(*args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         with train_errors():
