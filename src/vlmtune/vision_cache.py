@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,11 +22,13 @@ from vlmtune.model import evaluating, on_device
 from vlmtune.output import cache_directory, existing
 from vlmtune.proof import features_fault
 from vlmtune.recipe import LoraSection, VisionCacheSection
+from vlmtune.records import Records
 
 NOT_SEEN = {"_name_or_path", "transformers_version", "quantization_config"}  # what of a config does not touch the tower
 Place: TypeAlias = tuple[Rows, int, int]  # where a picture stands: position of its row, its number in there
 SAMPLED = 1000  # pictures
 WRITTEN_AT_ONCE = 64 * 2**20  # bytes of features in a file
+MOST_AT_ONCE = 4096  # features in a file: many small ones would leave the memory in pieces
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,12 @@ def keep_features(
     if section.mode == "auto" and missing and passes <= 1 and uses == len(found):
         return None, "off: the run goes through the pictures once"
     tower = _Tower(model, collator, on_disk)
-    rows, position, _ = next(iter(found.values()))
+    rows, position, _ = found[next(iter(found))]
     if fault := processes.agree(features_fault(model, collator, rows[position], tower.known)):
         if section.mode != "auto":
             raise RecipeError(f"`vision_cache` is {section.mode}, and {fault}")
         return None, f"off: {fault}"
-    size = _size(tower, [*found.values()])
+    size = _size(tower, found)
     budgets = processes.agree(_budgets(section, directory, processes.world))
     place, reason = _place(section, size, budgets, all_there=not missing, world=processes.world)
     if place == "off":
@@ -97,6 +99,28 @@ def keep_features(
     before = f", {len(found) - len(missing)} known before" if len(missing) < len(found) else ""
     where = f" in {directory}" if place == "disk" else ""
     return store, f"{place}: {len(found)} pictures{before}, about {_human(size)}{where}{damaged}"
+
+
+class _Pictures(Mapping[str, Place]):
+    """Fingerprint → where a picture stands first."""
+
+    def __init__(self, parts: Sequence[Rows]) -> None:
+        self._parts = parts
+        self._places = Records("iii")  # part, position of a row in it, number of a picture in that
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __iter__(self) -> Iterator[str]:
+        return map(bytes.hex, self._places)
+
+    def __getitem__(self, key: str) -> Place:
+        part, position, number = self._places[bytes.fromhex(key)]
+        return self._parts[part], position, number
+
+    def enter(self, key: str, part: int, position: int, number: int) -> None:
+        if (known := bytes.fromhex(key)) not in self._places:
+            self._places[known] = part, position, number
 
 
 class _Tower:
@@ -138,19 +162,18 @@ def _tower(core: Any, collator: MultimodalCollator) -> list[tuple[str, Tensor]]:
     return [(name, parameter) for name, parameter in core.named_parameters() if sees.match(name)]
 
 
-def _distinct(collator: MultimodalCollator, parts: Sequence[Rows]) -> tuple[dict[str, Place], int]:
-    """Fingerprint → where a picture stands, each once; and how many there are with repetitions.
+def _distinct(collator: MultimodalCollator, parts: Sequence[Rows]) -> tuple[_Pictures, int]:
+    """The pictures, each once; and how many there are with repetitions.
 
     Not the pictures themselves: in rows of a Parquet file they are bytes, which would all come into memory.
     """
-    found: dict[str, Place] = {}
-    uses = 0
+    found, uses = _Pictures(parts), 0
     with progress() as shown:
         task = shown.add_task("Looking through pictures", total=sum(map(len, parts)), text="")
-        for rows in parts:
+        for part, rows in enumerate(parts):
             for position in range(len(rows)):
                 for number, source in enumerate(pictures(rows[position])):
-                    found.setdefault(collator.album.fingerprint(source), (rows, position, number))
+                    found.enter(collator.album.fingerprint(source), part, position, number)
                     uses += 1
                 shown.advance(task)
     return found, uses
@@ -171,15 +194,15 @@ def _directory(section: VisionCacheSection, model: PeftModel, collator: Multimod
     return root / tower_key(_tower(base.base_model, collator), settings)
 
 
-def _size(tower: _Tower, places: Sequence[Place]) -> int:
+def _size(tower: _Tower, found: Mapping[str, Place]) -> int:
     """Bytes of the features of all pictures, told from one that is known and from the tokens of the others.
 
     Of more than `SAMPLED` pictures, so many are asked: each size that is new takes a call of the processor.
     """
-    first = _source(places[0])
+    asked = [found[key] for key in spread(list(found), SAMPLED)]
+    first = _source(asked[0])
     per_token = tower.known([first])[0].nbytes / max(tower.collator.picture_tokens(first), 1)
-    asked = spread(places, SAMPLED)
-    return round(per_token * sum(tower.collator.picture_tokens(_source(place)) for place in asked) * len(places) / len(asked))
+    return round(per_token * sum(tower.collator.picture_tokens(_source(place)) for place in asked) * len(found) / len(asked))
 
 
 def _budgets(section: VisionCacheSection, directory: Path, world: int) -> dict[str, int]:
@@ -235,7 +258,7 @@ def _fill(store: FeatureStore, tower: _Tower, found: Mapping[str, Place], keys: 
             features = tower.encode([_source(found[key]) for key in some])
             pending |= {key: feature.cpu() for key, feature in zip(some, features, strict=True)}
             size += sum(feature.nbytes for feature in features)
-            if size > WRITTEN_AT_ONCE:
+            if size > WRITTEN_AT_ONCE or len(pending) > MOST_AT_ONCE:
                 store.add(pending)
                 pending, size = {}, 0
             shown.advance(task, len(some))
