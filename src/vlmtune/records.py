@@ -34,7 +34,7 @@ class Records(Mapping[bytes, tuple[Any, ...]]):
         return len(self._records) // self._size
 
     def __iter__(self) -> Iterator[bytes]:
-        return (self._key(number) for number in range(len(self)))
+        return map(self.key, range(len(self)))
 
     def __getitem__(self, key: bytes) -> tuple[Any, ...]:
         number = self._slots[self._slot(key)]
@@ -54,14 +54,15 @@ class Records(Mapping[bytes, tuple[Any, ...]]):
             for number, known in enumerate(self):
                 self._slots[self._slot(known)] = number
 
-    def _key(self, number: int) -> bytes:
+    def key(self, number: int) -> bytes:
+        """The key that came as the so-manyth, counted from 0."""
         return bytes(self._records[number * self._size : number * self._size + DIGEST])
 
     def _slot(self, key: bytes) -> int:
         """Where the number of the key's record stands, or would."""
         slots = self._slots
         slot = int.from_bytes(key, "little") % len(slots)  # any bits of a digest are as good as random
-        while slots[slot] >= 0 and self._key(slots[slot]) != key:
+        while slots[slot] >= 0 and self.key(slots[slot]) != key:
             slot = (slot + 1) % len(slots)
         return slot
 
