@@ -143,7 +143,7 @@ def test_rows_that_are_too_long_are_dropped_and_counted_where_asked(
     names = {f"row {place + 1} of rows.jsonl" for place, count in enumerate(found) if count > limit}
     assert run.metrics["train_rows"] == 7
     assert set(run.metrics["dropped_rows"]) == names
-    assert lengths(run) == run.trainer.plan.lengths == [count for count in found if count <= limit]
+    assert lengths(run) == list(run.trainer.plan.lengths) == [count for count in found if count <= limit]
     shown = said()
     assert "7 to train on, 0 held out, 3 dropped" in shown
     assert all(f"dropped {name}: it has " in shown for name in names)

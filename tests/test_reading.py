@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import pickle
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as any_
 
+from vlmtune import DatasetError
 from vlmtune.reading import TextRows, read_rows
 
 TEXT = any_.text()
@@ -41,18 +45,40 @@ def test_cells_of_a_table_come_back_as_they_are(tmp_path: Path, cells: list[str]
     assert [row["name"] for row in read_rows(str(tmp_path / "rows.csv"), "train")] == cells
 
 
-def test_rows_take_a_few_bytes_more_than_their_file(tmp_path: Path) -> None:
-    row = {"messages": [{"role": "user", "content": "<image>What is it?"}, {"role": "assistant", "content": "A chair."}]}
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({**row, "images": [f"{n}.png"]}) + "\n" for n in range(20_000)))
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_rows_of_a_file_take_no_memory_but_their_places(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"rows.{kind}"
+    asked = [f"Picture {number}: {'what is it? ' * 20}" for number in range(20_000)]
+    lines = ["q", *asked] if kind == "csv" else [json.dumps({"q": text}) for text in asked]
+    path.write_text("\n".join(lines) + "\n")
     tracemalloc.start()
     try:
         rows = read_rows(str(path), "train")
-        kept, _ = tracemalloc.get_traced_memory()
+        kept, most = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert len(rows) == 20_000
-    assert kept < 9 / 8 * path.stat().st_size + 20 * len(rows)  # a bytearray has some room to grow
+    assert [row["q"] for row in rows] == asked
+    assert kept / len(rows) < 10
+    assert most - kept < 1e6, "of 5 MB"
+
+
+def test_rows_are_read_by_a_forked_process_and_by_one_that_gets_them_pickled() -> None:
+    rows = TextRows(json.dumps({"a": number}) for number in range(1000))
+    wanted = [{"a": number} for number in range(1000)]
+    assert list(pickle.loads(pickle.dumps(rows))) == wanted
+    assert list(pickle.loads(pickle.dumps(TextRows([])))) == []
+    child = os.fork()
+    if not child:
+        os._exit(0 if list(rows) == wanted else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_byte_that_is_no_text_is_named_by_its_place_in_the_file(tmp_path: Path) -> None:
+    for name, line in (("rows.jsonl", b'{"q": "what?"}\n'), ("rows.csv", b"what?\n")):
+        path = tmp_path / name
+        path.write_bytes(line * 50_000 + b"\xff\n")
+        with pytest.raises(DatasetError, match=f"{name} is not UTF-8: invalid start byte at byte {50_000 * len(line)}"):
+            read_rows(str(path), "train")
 
 
 def test_a_row_can_be_changed_by_whoever_asked_for_it() -> None:

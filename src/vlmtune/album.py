@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
 from vlmtune.images import Shrunk, fingerprint, image_size, load_image, original
+from vlmtune.records import DIGEST, Records, digest
 
 LONGEST_NAME = 1000  # characters: a longer one holds the picture itself, as a data URL does
-
-
-@dataclass(slots=True)
-class _Known:
-    """Of one picture."""
-
-    size: tuple[int, int] | None = None
-    fingerprint: str | None = None
-    decoded: Image.Image | None = None
 
 
 class Album:
@@ -31,33 +22,38 @@ class Album:
 
     def __init__(self) -> None:
         self.room = 0
-        self._known: dict[str | Shrunk, _Known] = {}
+        self._decoded: dict[str | Shrunk, Image.Image] = {}
+        self._sizes, self._fingerprints = Records("II"), Records(f"{DIGEST}s")
 
     def open(self, source: Any) -> Image.Image:
         """The picture as `images.load_image` makes it; it may be given out again, so it is only to be read."""
-        known = self._of(source)
-        picture = known.decoded or load_image(source)
+        if not _is_name(source):
+            return load_image(source)
+        picture = self._decoded.get(source) or load_image(source)
         size = 3 * picture.width * picture.height
-        if known.decoded is None and _is_name(source) and size <= self.room:
-            known.decoded = picture
+        if source not in self._decoded and size <= self.room:
+            self._decoded[source] = picture
             self.room -= size
         return picture
 
     def size(self, source: Any) -> tuple[int, int]:
         """Width and height, from the header."""
-        known = self._of(source)
-        known.size = known.size or image_size(source)
-        return known.size
+        if not _is_name(source):
+            return image_size(source)
+        key = digest(repr(source))
+        if key not in self._sizes:
+            self._sizes[key] = image_size(source)
+        width, height = self._sizes[key]
+        return width, height
 
     def fingerprint(self, source: Any) -> str:
         """The same for the same picture: `images.fingerprint`."""
-        known = self._of(source)
-        known.fingerprint = known.fingerprint or fingerprint(source)
-        return known.fingerprint
-
-    def _of(self, source: Any) -> _Known:
-        """What is known of it, to be added to; of what is no file, nothing that lasts."""
-        return self._known.setdefault(source, _Known()) if _is_name(source) else _Known()
+        if not _is_name(source):
+            return fingerprint(source)
+        key = digest(repr(source))
+        if key not in self._fingerprints:
+            self._fingerprints[key] = (bytes.fromhex(fingerprint(source)),)
+        return self._fingerprints[key][0].hex()
 
 
 def _is_name(source: Any) -> bool:

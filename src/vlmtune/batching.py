@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from vlmtune.model import attend_by_row, positions_model
 from vlmtune.packing import BatchPlan, step_bounds
 from vlmtune.proof import packing_fault
 from vlmtune.recipe import Recipe
-from vlmtune.shrinking import shrink
+from vlmtune.shrinking import Tokens, shrink, tokens_of
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -90,16 +91,17 @@ def counted_rows(recipe: Recipe, split: Split, collator: MultimodalCollator) -> 
         DatasetError: there are others, and the recipe does not say to drop them.
 
     """
-    tokens: dict[str, int] = {}
+    tokens: Tokens = {}
 
     def refused(rows: Rows) -> dict[int, str]:
         return _count(rows, collator, tokens)
 
     def too_long(rows: Rows) -> dict[int, str]:
-        found = {position: tokens[rows.name(position)] for position in range(len(rows))}
         limit = collator.max_length or math.inf
         return {
-            position: f"it has {count} tokens and the limit is {limit}" for position, count in found.items() if count > limit
+            position: f"it has {count} tokens and the limit is {limit}"
+            for position, count in enumerate(tokens_of(rows, tokens))
+            if count > limit
         }
 
     split = split.without(refused, policy=recipe.on_bad_row, hint="set `on_bad_row: drop` to go on without them")
@@ -110,7 +112,7 @@ def counted_rows(recipe: Recipe, split: Split, collator: MultimodalCollator) -> 
         policy = recipe.on_bad_row  # of what is still too long
         hint = f"no smaller pictures would do: shorten their texts, {longer}, or set `on_bad_row: drop` to go on without them"
     split = split.without(too_long, policy=policy, hint=hint)
-    return split, [tokens[split.train.name(position)] for position in range(len(split.train))]
+    return split, list(tokens_of(split.train, tokens))
 
 
 def batching(
@@ -191,9 +193,10 @@ def steps_per_epoch(config: SFTConfig, rows: int) -> int:
     return len(step_bounds(rows, rows_per_step(config), config.world_size)) - 1
 
 
-def _count(rows: Rows, collator: MultimodalCollator, tokens: dict[str, int]) -> dict[int, str]:
-    """Enters the tokens of each row by its name; position → why, of those that the processor refuses."""
+def _count(rows: Rows, collator: MultimodalCollator, tokens: Tokens) -> dict[int, str]:
+    """Enters the tokens of each row; position → why, of those that the processor refuses."""
     refused: dict[int, str] = {}
+    counted = tokens.setdefault(rows.source, array("q", [0]) * len(rows.content))
     with progress() as shown:
         task = shown.add_task("Counting tokens", total=len(rows), text="")
         for start in range(0, len(rows), AT_ONCE):
@@ -207,7 +210,7 @@ def _count(rows: Rows, collator: MultimodalCollator, tokens: dict[str, int]) -> 
                 if isinstance(count, str):
                     refused[position] = count.removeprefix(rows.name(position)).lstrip(": ")
                 else:
-                    tokens[rows.name(position)] = count
+                    counted[rows.indices[position]] = count
             shown.advance(task, len(some))
     return refused
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -57,7 +58,7 @@ class Rows:
 
     def select(self, positions: Iterable[int]) -> Rows:
         """Some of these rows, under their old numbers."""
-        return replace(self, indices=[self.indices[position] for position in positions])
+        return replace(self, indices=array("q", (self.indices[position] for position in positions)))
 
     def shrink(self, sizes: Mapping[int, Sizes]) -> Rows:
         """These rows, with smaller pictures in those at the positions given."""

@@ -18,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from vlmtune.output import disk_errors
+from vlmtune.records import Records, digest
 
 ABANDONED = 24 * 3600  # seconds: no file takes as long to write, so whoever began it was killed
 HEADER = 8  # bytes: a safetensors file begins with the length of its header, little-endian
@@ -43,17 +44,20 @@ class FeatureStore:
     def __init__(self, directory: Path | None = None) -> None:
         self.damaged: list[Path] = []  # files that could not be read: their features count as absent
         self._directory = directory
-        self._index: dict[str, Tensor | Path] = {}  # key → its feature, or the file that holds it
-        self._sizes: dict[Path, int] = {}  # bytes of features in each file read so far
+        self._kept: dict[str, Tensor] = {}  # in memory
+        self._files: list[Path] = []
+        self._index = Records("i")  # digest of a key → number of the file that holds its feature
+        self._sizes: dict[Path, int] = {}  # bytes of features in each file read so far, but for those damaged since
         self._opened: dict[Path, safe_open] = {}
         self._process = os.getpid()  # whose `_opened` these are
         self.refresh()
 
     def __contains__(self, key: str) -> bool:
-        return key in self._index
+        return key in self._kept or self._file(key) in self._sizes
 
     def __len__(self) -> int:
-        return len(self._index)
+        there = [file in self._sizes for file in self._files]
+        return len(self._kept) + sum(there[number] for (number,) in self._index.values())
 
     def __getitem__(self, key: str) -> Tensor:
         """The feature, on the CPU: only to be read, since it may be the stored one itself.
@@ -62,22 +66,22 @@ class FeatureStore:
             KeyError: there is none, or the file that held it has been deleted or damaged since.
 
         """
-        found = self._index[key]
-        if isinstance(found, Tensor):
-            return found
+        if key in self._kept:
+            return self._kept[key]
+        file = self._file(key)
+        if file is None or file not in self._sizes:
+            raise KeyError(key)
         try:
-            return self._open(found).get_tensor(key)
+            return self._open(file).get_tensor(key)
         except (OSError, SafetensorError):
-            self.damaged.append(found)
-            self._sizes.pop(found, None)
-            self._index = {other: file for other, file in self._index.items() if file is not found}
+            self.damaged.append(file)
+            del self._sizes[file]
             raise KeyError(key) from None
 
     @property
     def nbytes(self) -> int:
         """Bytes of all features; one that was added twice to a directory counts twice."""
-        in_memory = sum(found.nbytes for found in self._index.values() if isinstance(found, Tensor))
-        return in_memory + sum(self._sizes.values())
+        return sum(feature.nbytes for feature in self._kept.values()) + sum(self._sizes.values())
 
     def add(self, features: Mapping[str, Tensor]) -> None:
         """Keeps copies of the features, from any device; in a directory, all of them or none.
@@ -89,11 +93,9 @@ class FeatureStore:
         # a view would keep the whole batch in memory, and safetensors refuses two that overlap
         copies = {key: _copy(feature) for key, feature in features.items()}
         if self._directory is None:
-            self._index.update(copies)
+            self._kept.update(copies)
         elif copies:
-            path = _write(self._directory, copies)
-            self._index.update(dict.fromkeys(copies, path))
-            self._sizes[path] = sum(copy.nbytes for copy in copies.values())
+            self._enter(_write(self._directory, copies), copies, sum(copy.nbytes for copy in copies.values()))
 
     def refresh(self) -> None:
         """Finds what other processes have added since, and deletes what killed ones left unfinished a day ago or longer."""
@@ -116,11 +118,22 @@ class FeatureStore:
             with safe_open(path, framework="pt") as file, path.open("rb") as raw:
                 keys: list[str] = file.keys()  # safetensors has checked that the file is as long as its header says
                 header = int.from_bytes(raw.read(HEADER), "little")
-                self._sizes[path] = path.stat().st_size - HEADER - header
+                size = path.stat().st_size - HEADER - header
         except (OSError, SafetensorError):
             self.damaged.append(path)
         else:
-            self._index.update(dict.fromkeys(keys, path))
+            self._enter(path, keys, size)
+
+    def _enter(self, path: Path, keys: Iterable[str], size: int) -> None:
+        """A file of so many bytes of features holds these keys."""
+        for key in keys:
+            self._index[digest(key)] = (len(self._files),)
+        self._files.append(path)
+        self._sizes[path] = size
+
+    def _file(self, key: str) -> Path | None:
+        found = self._index.get(digest(key))
+        return None if found is None else self._files[found[0]]
 
     def _open(self, path: Path) -> safe_open:
         if self._process != os.getpid():  # forked, maybe while a thread of the parent was inside one of these

@@ -6,6 +6,7 @@ rows are packed decides memory and speed, never what is learned from.
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left, insort
 from collections.abc import Generator, Iterator, Sequence
 from heapq import heappush, heapreplace
@@ -62,7 +63,7 @@ class BatchPlan(BatchRebalanceSampler):  # by this class alone the trainer knows
         world: int = 1,
     ) -> None:
         # super().__init__ is left out: it is told the number of micro-batches that is found here
-        self.lengths, self.rows_per_step, self.max_tokens, self.packed = list(lengths), rows_per_step, max_tokens, packed
+        self.lengths, self.rows_per_step, self.max_tokens, self.packed = array("q", lengths), rows_per_step, max_tokens, packed
         self.epochs, self.seed, self.shuffle, self.rank, self.world = epochs, seed, shuffle, rank, world
         self.epoch = 0
         self._opening = 0  # the step that trades places with the first of epoch 0

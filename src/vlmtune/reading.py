@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 from array import array
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
+from tempfile import TemporaryFile, gettempdir
 from typing import Any, overload
 
 import datasets
 
 from vlmtune.errors import DatasetError
+from vlmtune.output import disk_errors
 
 Row = Mapping[str, Any]
 READERS = {".parquet": "parquet", ".arrow": "arrow"}  # of datasets.load_dataset
@@ -24,13 +27,19 @@ NO_SPLIT = "hold rows out with data.eval_source, data.eval_fraction or data.eval
 
 
 class TextRows(Sequence[Row]):
-    """Rows as the JSON that they were, read again whenever one is asked for: a fifth of the memory of Python's objects."""
+    """Rows as the JSON that they were, read again whenever one is asked for.
+
+    They lie in a temporary file that has no name and goes with the process: memory that the system may take back at any time.
+    Who pickles them gets them whole.
+    """
 
     def __init__(self, lines: Iterable[str]) -> None:
-        self._text, self._ends = bytearray(), array("q", [0])
-        for line in lines:
-            self._text += line.encode("utf-8", "surrogatepass")
-            self._ends.append(len(self._text))
+        self._ends = array("q", [0])
+        with disk_errors(Path(gettempdir())), TemporaryFile() as file:
+            for line in lines:
+                self._ends.append(self._ends[-1] + file.write(line.encode("utf-8", "surrogatepass")))
+            file.flush()
+            self._text = mmap(file.fileno(), 0, access=ACCESS_READ) if self._ends[-1] else b""  # an empty file has no map
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -43,8 +52,13 @@ class TextRows(Sequence[Row]):
         if isinstance(number, slice):
             return [self[one] for one in range(len(self))[number]]
         number = range(len(self))[number]
-        start, end = self._ends[number], self._ends[number + 1]
-        return json.loads(self._text[start:end].decode("utf-8", "surrogatepass"))
+        return json.loads(self._line(number))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TextRows, ([self._line(number) for number in range(len(self))],)
+
+    def _line(self, number: int) -> str:
+        return self._text[self._ends[number] : self._ends[number + 1]].decode("utf-8", "surrogatepass")
 
 
 def read_rows(source: str, split: str) -> Sequence[Row]:
@@ -70,10 +84,28 @@ def read_rows(source: str, split: str) -> Sequence[Row]:
 
 def _text(path: Path) -> str:
     """The file's text, its line ends as they are."""
+    with _readable(path):
+        return path.read_bytes().decode("utf-8-sig")
+
+
+def _lines(path: Path, newline: str) -> Iterator[str]:
+    """The file's text line by line, their ends as they are; `newline` says where one ends, as `open` has it."""
+    with _readable(path):
+        try:
+            with path.open(encoding="utf-8-sig", newline=newline) as file:
+                yield from file
+        except UnicodeDecodeError:
+            _text(path)  # tells the byte's place in the file, and not in a block of it
+            raise
+
+
+@contextmanager
+def _readable(path: Path) -> Generator[None]:
+    """Turns what is wrong with a file into one sentence."""
     try:
         if path.is_fifo():  # would wait for a writer
             raise DatasetError(f"data source {path} is a pipe, wanted a file")
-        return path.read_bytes().decode("utf-8-sig")
+        yield
     except OSError as error:
         raise DatasetError(f"data source {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -82,45 +114,46 @@ def _text(path: Path) -> str:
 
 def _read_table(path: Path) -> TextRows:
     """Rows of a .csv or .tsv file: each cell is the text that it is, an empty one is null."""
-    header, rows = _read_cells(path)
-    return TextRows(_dump({name: cell or None for name, cell in zip(header, cells, strict=True)}) for cells in rows)
+    cells = _cells(path)
+    header = next(cells)
+    return TextRows(_dump({name: cell or None for name, cell in zip(header, row, strict=True)}) for row in cells)
 
 
-def _read_cells(path: Path) -> tuple[list[str], list[list[str]]]:
-    """The header, and the cells of each row.
+def _cells(path: Path) -> Iterator[list[str]]:
+    """The header, and then the cells of each row.
 
     Pandas would make 7 of `007`, null of `NA`, and shift the cells of rows that are longer than the header.
     """
     limit = csv.field_size_limit(LONGEST_CELL)
-    lines = csv.reader(io.StringIO(_text(path), newline=""), delimiter=SEPARATORS[path.suffix], strict=True)
+    lines = csv.reader(_lines(path, ""), delimiter=SEPARATORS[path.suffix], strict=True)
     try:
-        filled = [cells for cells in lines if cells]
+        filled = (cells for cells in lines if cells)
+        header = next(filled, [])
+        if twice := [name for name, count in Counter(header).items() if count > 1]:
+            raise DatasetError(f"data source {path} has {header.count(twice[0])} columns of the name {twice[0]!r}")
+        yield header
+        for number, cells in enumerate(filled, 1):
+            if len(cells) != len(header):
+                raise DatasetError(
+                    f"row {number} of {path} has {len(cells)} cells, wanted {len(header)} as in the header: a cell that holds "
+                    "a separator or a line's end stands in quotes"
+                )
+            yield cells
     except csv.Error as error:
         raise DatasetError(f"line {lines.line_num} of {path} cannot be read: {error}") from None
     finally:
         csv.field_size_limit(limit)
-    header, rows = (filled or [[]])[0], filled[1:]
-    if twice := [name for name, count in Counter(header).items() if count > 1]:
-        raise DatasetError(f"data source {path} has {header.count(twice[0])} columns of the name {twice[0]!r}")
-    for number, cells in enumerate(rows, 1):
-        if len(cells) != len(header):
-            raise DatasetError(
-                f"row {number} of {path} has {len(cells)} cells, wanted {len(header)} as in the header: a cell that holds "
-                "a separator or a line's end stands in quotes"
-            )
-    return header, rows
 
 
 def _read_json(path: Path) -> TextRows:
     """Rows of a .jsonl or .json file, as Python has them: Arrow would refuse columns whose rows differ in type."""
-    text = _text(path)
-    return TextRows(map(_dump, _json_array(path, text)) if path.suffix == ".json" else _json_lines(path, text))
+    return TextRows(map(_dump, _json_array(path, _text(path))) if path.suffix == ".json" else _json_lines(path))
 
 
-def _json_lines(path: Path, text: str) -> Iterator[str]:
-    for number, line in enumerate(text.split("\n"), 1):
+def _json_lines(path: Path) -> Iterator[str]:
+    for number, line in enumerate(_lines(path, "\n"), 1):
         if line.strip():
-            _json(line, f"line {number} of {path}")
+            _json(line.removesuffix("\n"), f"line {number} of {path}")
             yield line
 
 
@@ -157,7 +190,7 @@ def _json_array(path: Path, text: str) -> list[Any]:
 def _read_dataset(path: Path, source: str, split: str) -> Sequence[Row]:
     for table in sorted(path.rglob("*")) if path.is_dir() else ():
         if table.suffix in SEPARATORS:
-            _read_cells(table)  # refuses what pandas would shift
+            deque(_cells(table), maxlen=0)  # refuses what pandas would shift
     try:
         if path.is_file():
             dataset = datasets.load_dataset(READERS[path.suffix], data_files=str(path), split=split)

@@ -5,21 +5,28 @@ How many tokens a row has follows from the sizes of its pictures, in any family,
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import inf
-from typing import Any
+from typing import Any, TypeAlias
 
 from vlmtune.collator import MultimodalCollator, pictures
 from vlmtune.console import bar
 from vlmtune.data import Rows, Sizes, Split, resized
 from vlmtune.errors import DatasetError
 
+Tokens: TypeAlias = dict[str, "array[int]"]  # name of a source → tokens of its rows
 SMALLEST = 28  # pixels of the shorter edge, of which no picture is left fewer: a token of Qwen2-VL
 
 
-def shrink(split: Split, collator: MultimodalCollator, tokens: dict[str, int]) -> Split:
+def tokens_of(rows: Rows, tokens: Tokens) -> Iterator[int]:
+    """The tokens of each of these rows."""
+    return (tokens[rows.source][index] for index in rows.indices)
+
+
+def shrink(split: Split, collator: MultimodalCollator, tokens: Tokens) -> Split:
     """The split with smaller pictures in rows that are longer than the collator's limit, as large as they fit.
 
     Rows that would be too long with any pictures stay as they are.
@@ -27,7 +34,7 @@ def shrink(split: Split, collator: MultimodalCollator, tokens: dict[str, int]) -
     Args:
         split: rows that the processor takes.
         collator: counts tokens, and knows the limit.
-        tokens: of each row by its name; what the shrunk ones have now is entered.
+        tokens: of each row; what the shrunk ones have now is entered.
 
     """
     if collator.max_length is None:
@@ -39,21 +46,22 @@ def shrink(split: Split, collator: MultimodalCollator, tokens: dict[str, int]) -
     return replace(split, train=train, held_out=held_out, shrunk={**told, **also_told})
 
 
-def _shrink(rows: Rows, collator: MultimodalCollator, limit: int, tokens: dict[str, int]) -> tuple[Rows, dict[str, str]]:
+def _shrink(rows: Rows, collator: MultimodalCollator, limit: int, tokens: Tokens) -> tuple[Rows, dict[str, str]]:
     """The rows, and name → what was done to it, of those that were shrunk."""
     sizes: dict[int, Sizes] = {}
     told: dict[str, str] = {}
-    longer = [position for position in range(len(rows)) if tokens[rows.name(position)] > limit]
+    longer = [position for position, count in enumerate(tokens_of(rows, tokens)) if count > limit]
     for position in bar(longer, "Making pictures smaller") if longer else ():
-        name, sample = rows.name(position), rows[position]
+        name, index, sample = rows.name(position), rows.indices[position], rows[position]
         given = [collator.album.size(source) for source in pictures(sample)]
         fitting = _fitting(sample, given, collator, limit)
         if fitting is None:
             continue
         sizes[position] = fitting
-        before, tokens[name] = tokens[name], collator.lengths([_with_sizes(sample, fitting)])[0]
+        before, now = tokens[rows.source][index], collator.lengths([_with_sizes(sample, fitting)])[0]
+        tokens[rows.source][index] = now
         changes = [f"{_size(fitting[number])} instead of {_size(given[number])}" for number in fitting]
-        told[name] = f"{tokens[name]:,} tokens instead of {before:,}, pictures {', '.join(dict.fromkeys(changes))}"
+        told[name] = f"{now:,} tokens instead of {before:,}, pictures {', '.join(dict.fromkeys(changes))}"
     return rows.shrink(sizes), told
 
 

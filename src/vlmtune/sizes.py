@@ -22,7 +22,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature
 
-REMEMBERED = 4096  # calls, each some kilobytes
+REMEMBERED = 4096  # texts that stand for a picture
+CALLS = 256  # of an image processor that are remembered, each some kilobytes
 
 
 class TellsPictureInputs(Protocol):
@@ -114,7 +115,7 @@ class SizesOnly:
     def __call__(self, images: Any, **options: Any) -> dict[str, Any]:
         key = (_sizes(images), repr(options))
         if key not in self._known:
-            if len(self._known) == REMEMBERED:
+            if len(self._known) == CALLS:
                 self._known.clear()
             self._known[key] = self._family.picture_inputs(self._image_processor, images, **options)
         return copy.deepcopy(self._known[key])  # processors take items out of it

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig
 
 from vlmtune import doctor
-from vlmtune.batching import Batching, Collator, batching, collator_of, counted_rows, passes, usable_rows
+from vlmtune.batching import Batching, Collator, Row, batching, collator_of, counted_rows, passes, usable_rows
 from vlmtune.callbacks import HeldOutAnswers, ProgressBar
 from vlmtune.collator import MultimodalCollator
 from vlmtune.console import console, decisions, is_main_process
@@ -272,12 +273,19 @@ def _board(recipe: Recipe, split: Split, prompter: MultimodalCollator) -> list[T
 
 def _dataset(rows: Rows) -> datasets.Dataset:
     """The rows as the trainer wants them: positions, turned into samples when they are asked for."""
+    samples = _Samples()
+    dataset = datasets.Dataset.from_dict({"position": range(len(rows))}).with_transform(samples)
+    samples.rows = rows  # only now: datasets takes a fingerprint of the transform, for which it would pickle every row
+    return dataset
 
-    def samples(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
-        found = [rows[position] for position in batch["position"]]
+
+@dataclass
+class _Samples:
+    rows: Rows | Sequence[Row] = ()
+
+    def __call__(self, batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+        found = [self.rows[position] for position in batch["position"]]
         return {key: [sample[key] for sample in found] for key in ("messages", "name")}
-
-    return datasets.Dataset.from_dict({"position": list(range(len(rows)))}).with_transform(samples)
 
 
 def _train(trainer: Trainer, checkpoint: Path | None) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,11 +23,13 @@ from vlmtune.model import evaluating, on_device
 from vlmtune.output import cache_directory, existing
 from vlmtune.proof import features_fault
 from vlmtune.recipe import LoraSection, VisionCacheSection
+from vlmtune.records import Records
 
 NOT_SEEN = {"_name_or_path", "transformers_version", "quantization_config"}  # what of a config does not touch the tower
 Place: TypeAlias = tuple[Rows, int, int]  # where a picture stands: position of its row, its number in there
 SAMPLED = 1000  # pictures
 WRITTEN_AT_ONCE = 64 * 2**20  # bytes of features in a file
+MOST_AT_ONCE = 1024  # features in a file: many small ones would leave the memory in pieces
 
 
 @dataclass(frozen=True)
@@ -77,16 +80,16 @@ def keep_features(
         return None, "off: no row has a picture"
     directory = _directory(section, model, collator)
     on_disk = FeatureStore(directory)
-    missing = processes.agree([key for key in found if key not in on_disk])
+    missing = processes.agree(_absent(found, on_disk))
     if section.mode == "auto" and missing and passes <= 1 and uses == len(found):
         return None, "off: the run goes through the pictures once"
     tower = _Tower(model, collator, on_disk)
-    rows, position, _ = next(iter(found.values()))
+    rows, position, _ = found[found.key(0)]
     if fault := processes.agree(features_fault(model, collator, rows[position], tower.known)):
         if section.mode != "auto":
             raise RecipeError(f"`vision_cache` is {section.mode}, and {fault}")
         return None, f"off: {fault}"
-    size = _size(tower, [*found.values()])
+    size = _size(tower, found)
     budgets = processes.agree(_budgets(section, directory, processes.world))
     place, reason = _place(section, size, budgets, all_there=not missing, world=processes.world)
     if place == "off":
@@ -97,6 +100,31 @@ def keep_features(
     before = f", {len(found) - len(missing)} known before" if len(missing) < len(found) else ""
     where = f" in {directory}" if place == "disk" else ""
     return store, f"{place}: {len(found)} pictures{before}, about {_human(size)}{where}{damaged}"
+
+
+class _Pictures(Mapping[str, Place]):
+    """Fingerprint → where a picture stands first."""
+
+    def __init__(self, parts: Sequence[Rows]) -> None:
+        self._parts = parts
+        self._places = Records("iii")  # part, position of a row in it, number of a picture in that
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self.key, range(len(self)))
+
+    def __getitem__(self, key: str) -> Place:
+        part, position, number = self._places[bytes.fromhex(key)]
+        return self._parts[part], position, number
+
+    def key(self, number: int) -> str:
+        return self._places.key(number).hex()
+
+    def enter(self, key: str, part: int, position: int, number: int) -> None:
+        if (known := bytes.fromhex(key)) not in self._places:
+            self._places[known] = part, position, number
 
 
 class _Tower:
@@ -138,19 +166,18 @@ def _tower(core: Any, collator: MultimodalCollator) -> list[tuple[str, Tensor]]:
     return [(name, parameter) for name, parameter in core.named_parameters() if sees.match(name)]
 
 
-def _distinct(collator: MultimodalCollator, parts: Sequence[Rows]) -> tuple[dict[str, Place], int]:
-    """Fingerprint → where a picture stands, each once; and how many there are with repetitions.
+def _distinct(collator: MultimodalCollator, parts: Sequence[Rows]) -> tuple[_Pictures, int]:
+    """The pictures, each once; and how many there are with repetitions.
 
     Not the pictures themselves: in rows of a Parquet file they are bytes, which would all come into memory.
     """
-    found: dict[str, Place] = {}
-    uses = 0
+    found, uses = _Pictures(parts), 0
     with progress() as shown:
         task = shown.add_task("Looking through pictures", total=sum(map(len, parts)), text="")
-        for rows in parts:
+        for part, rows in enumerate(parts):
             for position in range(len(rows)):
                 for number, source in enumerate(pictures(rows[position])):
-                    found.setdefault(collator.album.fingerprint(source), (rows, position, number))
+                    found.enter(collator.album.fingerprint(source), part, position, number)
                     uses += 1
                 shown.advance(task)
     return found, uses
@@ -171,15 +198,15 @@ def _directory(section: VisionCacheSection, model: PeftModel, collator: Multimod
     return root / tower_key(_tower(base.base_model, collator), settings)
 
 
-def _size(tower: _Tower, places: Sequence[Place]) -> int:
+def _size(tower: _Tower, found: _Pictures) -> int:
     """Bytes of the features of all pictures, told from one that is known and from the tokens of the others.
 
     Of more than `SAMPLED` pictures, so many are asked: each size that is new takes a call of the processor.
     """
-    first = _source(places[0])
+    asked = [found[found.key(number)] for number in spread(range(len(found)), SAMPLED)]
+    first = _source(asked[0])
     per_token = tower.known([first])[0].nbytes / max(tower.collator.picture_tokens(first), 1)
-    asked = spread(places, SAMPLED)
-    return round(per_token * sum(tower.collator.picture_tokens(_source(place)) for place in asked) * len(places) / len(asked))
+    return round(per_token * sum(tower.collator.picture_tokens(_source(place)) for place in asked) * len(found) / len(asked))
 
 
 def _budgets(section: VisionCacheSection, directory: Path, world: int) -> dict[str, int]:
@@ -208,9 +235,7 @@ def _place(section: VisionCacheSection, size: int, budgets: dict[str, int], *, a
     return "off", f"off: the features would take {_human(size)}, and the budget is {_human(max(budgets.values()))}"
 
 
-def _complete(
-    store: FeatureStore, tower: _Tower, found: Mapping[str, Place], missing: Sequence[str], processes: Processes
-) -> None:
+def _complete(store: FeatureStore, tower: _Tower, found: _Pictures, missing: Sequence[int], processes: Processes) -> None:
     """Brings all pictures' features into the store: on the disk each process encodes a share, in memory each has all."""
     on_disk = store is tower.kept
     if not on_disk:
@@ -219,23 +244,28 @@ def _complete(
     _fill(store, tower, found, missing[processes.rank :: processes.world] if on_disk else missing)
     processes.wait()
     store.refresh()
-    _fill(store, tower, found, [key for key in found if key not in store])  # they lie on another machine's disk
+    _fill(store, tower, found, _absent(found, store))  # they lie on another machine's disk
 
 
-def _fill(store: FeatureStore, tower: _Tower, found: Mapping[str, Place], keys: Sequence[str]) -> None:
-    if not keys:
+def _absent(found: _Pictures, store: FeatureStore) -> Sequence[int]:
+    """The numbers of the pictures that a store lacks."""
+    return array("q", (number for number, key in enumerate(found) if key not in store))
+
+
+def _fill(store: FeatureStore, tower: _Tower, found: _Pictures, numbers: Sequence[int]) -> None:
+    if not numbers:
         return
     with progress() as shown:
-        task = shown.add_task("Encoding pictures", total=len(keys), text="")
+        task = shown.add_task("Encoding pictures", total=len(numbers), text="")
         pending: dict[str, Tensor] = {}
         size = 0  # bytes pending
         at_once = tower.collator.family.pictures_at_once
-        for start in range(0, len(keys), at_once):
-            some = keys[start : start + at_once]
+        for start in range(0, len(numbers), at_once):
+            some = [found.key(number) for number in numbers[start : start + at_once]]
             features = tower.encode([_source(found[key]) for key in some])
             pending |= {key: feature.cpu() for key, feature in zip(some, features, strict=True)}
             size += sum(feature.nbytes for feature in features)
-            if size > WRITTEN_AT_ONCE:
+            if size > WRITTEN_AT_ONCE or len(pending) > MOST_AT_ONCE:
                 store.add(pending)
                 pending, size = {}, 0
             shown.advance(task, len(some))
