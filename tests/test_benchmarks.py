@@ -45,3 +45,13 @@ def test_step() -> None:
 
 def test_loader() -> None:
     assert "pixtral" in run("loader.py", "--workers", 0, "--markdown")
+
+
+def test_activations() -> None:
+    table = run("activations.py")
+    assert "Pixtral-12B" in table
+    assert "a quarter" in table
+
+
+def test_head() -> None:
+    assert "times faster" in run("head.py")
