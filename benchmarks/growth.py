@@ -202,6 +202,7 @@ def measure(job: Job) -> None:
     result = {
         "seconds": total,
         "peak": max(part["peak"] for part in parts.found.values()),
+        "own": max(*(part["own"] for part in parts.found.values()), *(step.resident for step in steps)),
         "parts": parts.found,
         "first_step": steps[0].seconds - parts.began["training"],
         "rows_per_second": plan.rows_per_step / median(taken),
@@ -235,7 +236,8 @@ class Parts:
                 result = function(*args, **kwargs)
             seconds, after = time.perf_counter() - self.began[name], memory()
             self.found[name] = {"seconds": seconds, "cpu": time.process_time() - cpu, "peak": after["VmHWM"]}
-            self.found[name] |= {"before": before["VmRSS"], "kept": after["RssAnon"] - before["RssAnon"]}
+            own = after["RssAnon"]
+            self.found[name] |= {"before": before["VmRSS"], "own": own, "kept": own - before["RssAnon"]}
             return result
 
         setattr(owner, attribute, measured)
@@ -331,6 +333,7 @@ def table_lines(found: Mapping[int, Mapping[str, Any]]) -> list[list[str]]:
     for name in next(iter(found.values())):
         one = {count: [each[name]] for count, each in found.items()}
         lines.append(_line(f"largest, features {WHERE[name]}, MiB", one, lambda run: run["peak"] / 2**20))
+        lines.append(_line("… of that no mapped files", one, lambda run: run["own"] / 2**20))
     lines.append(_line("kept in planning, bytes a row", runs, lambda run: kept(run) / run["rows"], rows=True))
     lines.append(_line("kept in training, bytes a row", runs, lambda run: run["kept_per_row"]))
     return lines

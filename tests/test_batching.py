@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from processes import in_two_processes
 from tiny import KINDS, make_processor
+from torch.utils.data import DataLoader
 
 from vlmtune import DatasetError, MultimodalCollator, RecipeError, VlmtuneError, finetune, load_recipe
 from vlmtune.batching import counted_rows
@@ -19,6 +20,7 @@ from vlmtune.console import console
 from vlmtune.data import Split, load_data
 from vlmtune.result import Run
 from vlmtune.trainer import Trainer
+from vlmtune.training import _dataset
 
 MakeRecipe = Callable[..., dict[str, Any]]
 Write = Callable[..., dict[str, Any]]
@@ -181,7 +183,7 @@ def test_rows_that_the_processor_refuses_are_dropped_where_asked(write: Write) -
     thin = [TEN[1], ([(2000, 1)], "What?", "A line."), TEN[2], ([(2000, 1)], "And?", "One more.")]
     run = finetune(write("pixtral", thin, on_bad_row="drop"))
     assert set(run.metrics["dropped_rows"]) == {"row 2 of rows.jsonl", "row 4 of rows.jsonl"}
-    assert lengths(run) == run.trainer.plan.lengths
+    assert lengths(run) == list(run.trainer.plan.lengths)
 
 
 # ---- packs of a certain length
@@ -293,3 +295,12 @@ def test_what_is_refused_leaves_no_output_behind(write: Write, tmp_path: Path) -
         with pytest.raises(VlmtuneError):
             finetune(write("qwen2_vl", TEN, **overrides))
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_rows_reach_the_workers_of_a_data_loader(write: Write, start: str) -> None:
+    split, _, collator = counted(write("qwen2_vl", TEN), "qwen2_vl")
+    rows = _dataset(split.train)
+    loader = DataLoader(rows, batch_size=5, num_workers=1, multiprocessing_context=start, collate_fn=collator)  # type: ignore[arg-type]
+    wanted = [collator([split.train[row] for row in some]) for some in (range(5), range(5, 10))]
+    assert all(batch["input_ids"].equal(own["input_ids"]) for batch, own in zip(loader, wanted, strict=True))

@@ -41,19 +41,21 @@ class Album:
         if not _is_name(source):
             return image_size(source)
         key = digest(repr(source))
-        if key not in self._sizes:
-            self._sizes[key] = image_size(source)
-        width, height = self._sizes[key]
-        return width, height
+        if known := self._sizes.get(key):
+            return known[0], known[1]
+        size = self._sizes[key] = image_size(source)
+        return size
 
     def fingerprint(self, source: Any) -> str:
         """The same for the same picture: `images.fingerprint`."""
         if not _is_name(source):
             return fingerprint(source)
         key = digest(repr(source))
-        if key not in self._fingerprints:
-            self._fingerprints[key] = (bytes.fromhex(fingerprint(source)),)
-        return self._fingerprints[key][0].hex()
+        if known := self._fingerprints.get(key):
+            return known[0].hex()
+        found = fingerprint(source)
+        self._fingerprints[key] = (bytes.fromhex(found),)
+        return found
 
 
 def _is_name(source: Any) -> bool:

@@ -239,7 +239,8 @@ def _complete(store: FeatureStore, tower: _Tower, found: _Pictures, missing: Seq
     """Brings all pictures' features into the store: on the disk each process encodes a share, in memory each has all."""
     on_disk = store is tower.kept
     if not on_disk:
-        store.add({key: tower.kept[key] for key in found if key in tower.kept})
+        for key in filter(tower.kept.__contains__, found):  # one by one: all at once would lie in memory twice
+            store.add({key: tower.kept[key]})
     processes.wait()  # all have read the directory: now they may write
     _fill(store, tower, found, missing[processes.rank :: processes.world] if on_disk else missing)
     processes.wait()
