@@ -18,10 +18,10 @@ BLOCK = 2**20  # logits in 32 bit at once: 4 MiB, which a processor's cache hold
 
 
 class Head:
-    """Forward hooks on a model: of the hidden states, those whose next token is trained on; of their logits, what a loss needs.
+    """Two forward hooks: one leaves the hidden states whose next token is trained on, one makes scores of their logits.
 
-    TRL's fused head does both with Triton kernels. Where there are none it scores every position, in a dozen passes over
-    the logits that cost a small model a quarter of its step.
+    On a GPU the first is enough, and TRL's fused head scores with Triton kernels. Elsewhere it goes some twenty times over logits
+    in 32 bit, which it computes twice.
     https://github.com/huggingface/trl/blob/main/trl/kernels/chunked_logprob.py
     """
 
@@ -41,13 +41,14 @@ class Head:
             "shift_labels": targets[self._positions][None]
         }
 
-    def scoring(self, model: Callable[..., Any]) -> Callable[..., FusedCausalLMOutput]:
-        """The model as TRL's trainer calls it, with the scores made here."""
+    def scoring(self, model: Callable[..., Any]) -> Callable[..., Any]:
+        """The model as TRL's trainer calls it, with the scores made here, before accelerate makes 32-bit copies of logits."""
 
-        def scored(*, fused_lm_head: bool, shift_labels: Tensor, **inputs: Any) -> FusedCausalLMOutput:
-            assert fused_lm_head
-            self._targets = shift_labels[0]
+        def scored(*, shift_labels: Tensor, fused_lm_head: bool = False, **inputs: Any) -> Any:
+            self._targets = shift_labels[0] if fused_lm_head else None
             output = model(**inputs)
+            if not fused_lm_head:  # the trainer wants logits too
+                return output
             return FusedCausalLMOutput(
                 log_probs=output.logits,
                 entropy=self._entropy,
@@ -79,6 +80,7 @@ def has_kernels(device: torch.device) -> bool:
     return is_triton_available() and device.type in ("cuda", "xpu")
 
 
+@torch.compiler.disable  # it would be compiled anew for every number of trained tokens
 def score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """How likely each target is, and how sure of it the model.
 
@@ -123,10 +125,9 @@ class _Scores(torch.autograd.Function):
         ctx: Any, of_log_probs: Tensor, *_: Any
     ) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
-        scaled = torch.empty_like(gradient)
-        for block in _blocks(gradient):
-            scaled[block] = gradient[block] * of_log_probs[block, None]  # in 32 bit, and rounded once
-        return scaled, None
+        for block in _blocks(gradient):  # in its place: it is as large as the logits, and has no other use
+            gradient[block] = gradient[block] * of_log_probs[block, None]
+        return gradient, None
 
 
 def _blocks(logits: Tensor) -> Iterator[slice]:

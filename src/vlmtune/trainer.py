@@ -72,18 +72,25 @@ class Trainer(SFTTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        inputs, called = kept_apart(model, self._family.model_inputs(inputs)), model
+        called: Any = model
+        inputs = kept_apart(model, self._family.model_inputs(inputs))
         if not self.args.label_smoothing_factor:  # which wants all logits
             inputs = self._head.choose(inputs)
-            called = model if has_kernels(self.args.device) else cast("nn.Module", self._head.scoring(model))
+            called = model if has_kernels(self.args.device) else self._head.scoring(model)
         try:
             return super().compute_loss(called, inputs, return_outputs, num_items_in_batch)
         finally:
             self._head.rest()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Under autocast a 32-bit adapter's input is left in 16 bit: peft would raise it, and autocast lower it again."""
-        with disable_input_dtype_casting(cast("PeftModel", self.model), active=self.args.bf16 or self.args.fp16):
+        """Under autocast a 32-bit adapter's input stays in 16 bit: peft would raise it, and autocast lower it again.
+
+        But not for DoRA, which computes norms in the input's dtype.
+        https://github.com/huggingface/peft/blob/main/src/peft/tuners/lora/dora.py
+        """
+        model = cast("PeftModel", self.model)
+        dora = any(getattr(config, "use_dora", False) for config in model.peft_config.values())
+        with disable_input_dtype_casting(model, active=(self.args.bf16 or self.args.fp16) and not dora):
             return super().training_step(*args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
