@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,18 @@ def test_a_module_without_source_or_with_a_wrapped_forward_stays_as_it_is() -> N
     space: dict[str, Any] = {"LlamaRMSNorm": LlamaRMSNorm}
     exec("class Typed(LlamaRMSNorm):\n    def forward(self, hidden_states):\n        return hidden_states", space)
     assert keep_less(nn.ModuleList([Wrapped(4), space["Typed"](4)])) == 0
+
+
+def test_a_module_that_somebody_changed_stays_as_it_is() -> None:
+    class Wrapped(LlamaRMSNorm):
+        @wraps(LlamaRMSNorm.forward)
+        def forward(self, *args: Any) -> Tensor:
+            return 2 * super().forward(*args)
+
+    own, hooked, wrapped = LlamaRMSNorm(4), LlamaRMSNorm(4), Wrapped(4)
+    own.forward = lambda x: x  # as accelerate and hub kernels do
+    hooked.register_forward_hook(lambda _, __, output: 2 * output)
+    assert keep_less(nn.ModuleList([own, hooked, wrapped])) == 0
 
 
 def test_a_norm_that_is_trained_gets_its_gradient() -> None:

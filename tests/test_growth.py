@@ -39,16 +39,16 @@ def source(tmp_path: Path) -> Path:
 
 
 def kept() -> int:
-    """Bytes that vlmtune's own lines have asked for and not given back."""
-    own = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(True, "*/vlmtune/*")])
+    """Bytes that vlmtune's lines, or what they call, have asked for and not given back."""
+    own = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(True, "*/vlmtune/*", all_frames=True)])
     return sum(trace.size for trace in own.traces)
 
 
-def test_planning_keeps_less_than_200_bytes_of_a_row(source: Path, tmp_path: Path) -> None:
+def test_planning_keeps_less_than_600_bytes_of_a_row_its_caches_included(source: Path, tmp_path: Path) -> None:
     recipe = load_recipe({"model": {"name": "none"}, "data": {"source": str(source)}, "train": {"output_dir": str(tmp_path)}})
     collator = MultimodalCollator(make_processor("qwen2_vl"))
     collator.lengths(list(usable_rows(recipe, 0, check_images=False).train.select(range(40))))  # what is made once
-    tracemalloc.start()
+    tracemalloc.start(5)  # frames: of a row that is read the JSON decoder has three
     try:
         before = kept()
         split, lengths = counted_rows(recipe, usable_rows(recipe, 0, check_images=False), collator)
@@ -62,5 +62,5 @@ def test_planning_keeps_less_than_200_bytes_of_a_row(source: Path, tmp_path: Pat
     finally:
         tracemalloc.stop()
     assert count == len(store) == len(plan.lengths) == len(dataset) == 3000
-    assert (after - before) / 3000 < 200
+    assert (after - before) / 3000 < 600
     assert source.stat().st_size / 3000 > 300, "of text, which lies in a file"

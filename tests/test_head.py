@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 from trl.kernels import ChunkedLogProbFunction
 
 from vlmtune import finetune, head, trainer
@@ -59,10 +60,12 @@ def test_no_token_at_all_has_no_score_and_a_gradient() -> None:
     assert logits.grad.shape == (0, WORDS)
 
 
-def test_nothing_is_kept_where_no_gradient_is_wanted() -> None:
-    with torch.no_grad():
-        log_probs, _, _ = score(torch.randn(TOKENS, WORDS, requires_grad=True), torch.zeros(TOKENS, dtype=torch.long))
-    assert log_probs.grad_fn is None
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_gradient_is_made_only_where_one_is_wanted(wanted: bool) -> None:
+    logits, targets = torch.randn(TOKENS, WORDS, requires_grad=True), torch.zeros(TOKENS, dtype=torch.long)
+    with torch.set_grad_enabled(wanted), profile(activities=[ProfilerActivity.CPU]) as recorder:
+        score(logits, targets)
+    assert any(event.key == "aten::scatter_add_" for event in recorder.key_averages()) == wanted
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -104,3 +107,30 @@ def test_a_run_has_the_losses_and_metrics_that_it_has_with_trls_head(
 def test_triton_is_asked_for_where_it_runs() -> None:
     assert not has_kernels(torch.device("cpu"))
     assert not has_kernels(torch.device("mps"))
+
+
+def test_logits_are_there_for_who_asks_the_trainer_for_them(recipe: MakeRecipe) -> None:
+    run = finetune(recipe())
+    batch = next(iter(run.trainer.get_train_dataloader()))
+    trained = int((batch["labels"][:, 1:] != -100).sum())
+    loss, outputs = run.trainer.compute_loss(run.trainer.model, batch, return_outputs=True)
+    assert outputs.logits.shape[:2] == (1, trained)
+    assert loss.item() == pytest.approx(run.trainer.compute_loss(run.trainer.model, batch).item())
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_under_autocast_the_input_of_an_adapter_stays_in_16_bit_but_for_dora(
+    recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, dora: bool
+) -> None:
+    """DoRA takes norms in its input's dtype: in 16 bit training would divide by others than answers and merges do."""
+    seen: set[bool] = set()
+    compute_loss = trainer.Trainer.compute_loss
+
+    def look(self: trainer.Trainer, model: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.update(module.cast_input_dtype_enabled for module in self.model.modules() if hasattr(module, "lora_A"))
+        return compute_loss(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.Trainer, "compute_loss", look)
+    run = finetune(recipe(**{"model.dtype": "bfloat16", "lora.use_dora": dora, "train.max_steps": 1}))
+    assert seen == {dora}
+    assert all(module.cast_input_dtype_enabled for module in run.trainer.model.modules() if hasattr(module, "lora_A"))

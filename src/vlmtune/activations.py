@@ -1,8 +1,8 @@
 """Norms and gated MLPs that keep less for the backward pass.
 
 Autograd keeps a norm's input in 32 bit, and of an MLP's gate three tensors as wide as the MLP. The input as it came and two
-tensors are enough: the rest is a few elementwise operations, done again. That is a quarter to a third of what a language
-model's layers keep. The forward pass is the same to the bit.
+tensors are enough: the rest is a few elementwise operations, done again. That is 22 to 30 % of what the layers of the reference
+models keep. The forward pass is the same to the bit.
 """
 
 from __future__ import annotations
@@ -118,6 +118,9 @@ class _Gate(torch.autograd.Function):
 
 
 def _lean(module: nn.Module) -> nn.Module | None:
+    hooked = module._forward_hooks or module._forward_pre_hooks  # pyright: ignore[reportPrivateUsage]
+    if hooked or "forward" in vars(module):  # somebody's, which would be lost
+        return None
     written = _written(type(module).forward)
     if written == _written(_norm):
         return LeanNorm(module)
@@ -126,12 +129,16 @@ def _lean(module: nn.Module) -> nn.Module | None:
 
 @cache
 def _written(function: Callable[..., Any]) -> str | None:
-    """What a function does, whatever its annotations and comments; None where its source is not at hand."""
+    """What a function of positional arguments does, whatever their annotations; None of another, or without source."""
+    if hasattr(function, "__wrapped__"):  # the source would be that of what is wrapped
+        return None
     try:
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
     except (OSError, TypeError, SyntaxError):
         return None
     if not isinstance(definition, ast.FunctionDef) or definition.decorator_list:
         return None
-    arguments = [argument.arg for argument in definition.args.args]
-    return ast.dump(ast.Module([ast.Expr(ast.Constant(str(arguments))), *definition.body], []))
+    given = definition.args
+    if given.vararg or given.kwonlyargs or given.kwarg or given.defaults:
+        return None
+    return ast.dump(ast.Module([ast.Expr(ast.Constant(str([argument.arg for argument in given.args]))), *definition.body], []))

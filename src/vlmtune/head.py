@@ -20,8 +20,8 @@ BLOCK = 2**20  # logits in 32 bit at once: 4 MiB, which a processor's cache hold
 class Head:
     """Two forward hooks: one leaves the hidden states whose next token is trained on, one makes scores of their logits.
 
-    On a GPU the first is enough, and TRL's fused head scores with Triton kernels. Elsewhere it goes some twenty times over logits
-    in 32 bit, which it computes twice.
+    On a GPU the first is enough, and TRL's fused head scores with Triton kernels. Elsewhere it goes some twenty times over
+    logits in 32 bit, which it computes twice.
     https://github.com/huggingface/trl/blob/main/trl/kernels/chunked_logprob.py
     """
 
@@ -68,6 +68,7 @@ class Head:
             output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[self._positions][None]
         return output
 
+    @torch.compiler.disable  # it would be compiled anew for every number of trained tokens
     def _score(self, module: nn.Module, args: Any, output: Any) -> Any:
         if self._targets is not None:
             log_probs, self._entropy, self._is_top1 = score(output.logits[0], self._targets)
@@ -80,7 +81,6 @@ def has_kernels(device: torch.device) -> bool:
     return is_triton_available() and device.type in ("cuda", "xpu")
 
 
-@torch.compiler.disable  # it would be compiled anew for every number of trained tokens
 def score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """How likely each target is, and how sure of it the model.
 
@@ -96,7 +96,8 @@ def score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         is as likely, or only later ones.
 
     """
-    return _Scores.apply(logits, targets)  # pyright: ignore[reportReturnType]
+    wanted = logits if torch.is_grad_enabled() else logits.detach()
+    return _Scores.apply(wanted, targets)  # pyright: ignore[reportReturnType]
 
 
 class _Scores(torch.autograd.Function):

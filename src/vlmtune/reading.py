@@ -10,13 +10,12 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from tempfile import TemporaryFile, gettempdir
+from tempfile import TemporaryFile
 from typing import Any, overload
 
 import datasets
 
 from vlmtune.errors import DatasetError
-from vlmtune.output import disk_errors
 
 Row = Mapping[str, Any]
 READERS = {".parquet": "parquet", ".arrow": "arrow"}  # of datasets.load_dataset
@@ -29,17 +28,28 @@ NO_SPLIT = "hold rows out with data.eval_source, data.eval_fraction or data.eval
 class TextRows(Sequence[Row]):
     """Rows as the JSON that they were, read again whenever one is asked for.
 
-    They lie in a temporary file that has no name and goes with the process: memory that the system may take back at any time.
-    Who pickles them gets them whole.
+    They lie in a temporary file that goes with the process and is mapped: where its directory is on a disk, memory that the
+    system may take back at any time. Pickled, they are in memory.
+
+    Raises:
+        DatasetError: there is no room for the file.
+
     """
 
     def __init__(self, lines: Iterable[str]) -> None:
         self._ends = array("q", [0])
-        with disk_errors(Path(gettempdir())), TemporaryFile() as file:
-            for line in lines:
-                self._ends.append(self._ends[-1] + file.write(line.encode("utf-8", "surrogatepass")))
-            file.flush()
-            self._text = mmap(file.fileno(), 0, access=ACCESS_READ) if self._ends[-1] else b""  # an empty file has no map
+        self._text: bytes | mmap = b""
+        try:
+            with TemporaryFile() as file:
+                for line in lines:
+                    self._ends.append(self._ends[-1] + file.write(line.encode("utf-8", "surrogatepass")))
+                file.flush()
+                if self._ends[-1]:  # an empty file has no map
+                    self._text = mmap(file.fileno(), 0, access=ACCESS_READ)
+        except OSError as error:
+            raise DatasetError(
+                f"the rows cannot be laid into a temporary file: {error.strerror}. TMPDIR names a directory with room for them"
+            ) from error
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -54,8 +64,8 @@ class TextRows(Sequence[Row]):
         number = range(len(self))[number]
         return json.loads(self._line(number))
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return TextRows, ([self._line(number) for number in range(len(self))],)
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_ends": self._ends, "_text": self._text[:]}
 
     def _line(self, number: int) -> str:
         return self._text[self._ends[number] : self._ends[number + 1]].decode("utf-8", "surrogatepass")

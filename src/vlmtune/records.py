@@ -47,8 +47,8 @@ class Records(Mapping[bytes, tuple[Any, ...]]):
         if self._slots[slot] >= 0:
             struct.pack_into(self._form, self._records, self._slots[slot] * self._size, key, *record)
             return
-        self._slots[slot] = len(self)
-        self._records += struct.pack(self._form, key, *record)
+        packed, self._slots[slot] = struct.pack(self._form, key, *record), len(self)
+        self._records += packed
         if 3 * len(self) > 2 * len(self._slots):
             self._slots = array("i", [-1]) * (2 * len(self._slots))
             for number, known in enumerate(self):

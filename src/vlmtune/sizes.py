@@ -22,8 +22,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature
 
-REMEMBERED = 4096  # texts that stand for a picture
-CALLS = 256  # of an image processor that are remembered, each some kilobytes
+TEXTS_REMEMBERED = 4096  # texts that stand for a picture
+CALLS_REMEMBERED = 256  # of an image processor that are remembered, each some kilobytes
 
 
 class TellsPictureInputs(Protocol):
@@ -86,7 +86,7 @@ class TokenCounter:
     def _replace(self, image_inputs: dict[str, Any], image_idx: int, **options: Any) -> str:
         text = type(self._processor).replace_image_token(self._processor, image_inputs, image_idx, **options)
         if text not in self._known:
-            if len(self._known) == REMEMBERED:
+            if len(self._known) == TEXTS_REMEMBERED:
                 self._known.clear()
             self._known[text] = len(self._processor.tokenizer.encode(text, add_special_tokens=False))
         self._left_out.append(self._known[text] - 1)
@@ -115,7 +115,7 @@ class SizesOnly:
     def __call__(self, images: Any, **options: Any) -> dict[str, Any]:
         key = (_sizes(images), repr(options))
         if key not in self._known:
-            if len(self._known) == CALLS:
+            if len(self._known) == CALLS_REMEMBERED:
                 self._known.clear()
             self._known[key] = self._family.picture_inputs(self._image_processor, images, **options)
         return copy.deepcopy(self._known[key])  # processors take items out of it
