@@ -28,7 +28,8 @@ class Head:
     def __init__(self, model: PeftModel) -> None:
         body: Any = model.get_base_model().base_model
         body.register_forward_hook(self._leave_trained)
-        model.base_model.register_forward_hook(self._score)
+        plain: Any = torch.compiler.disable  # it would be compiled anew for every number of trained tokens
+        model.base_model.register_forward_hook(plain(self._score))
         self._positions: Tensor | None = None  # in the batch, flattened; None leaves all
         self._targets: Tensor | None = None  # [trained]; None leaves logits as they are
         self._entropy = self._is_top1 = torch.empty(0)
@@ -68,7 +69,6 @@ class Head:
             output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[self._positions][None]
         return output
 
-    @torch.compiler.disable  # it would be compiled anew for every number of trained tokens
     def _score(self, module: nn.Module, args: Any, output: Any) -> Any:
         if self._targets is not None:
             log_probs, self._entropy, self._is_top1 = score(output.logits[0], self._targets)
