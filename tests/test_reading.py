@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import pickle
+import tempfile
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -85,3 +86,9 @@ def test_a_row_can_be_changed_by_whoever_asked_for_it() -> None:
     rows = TextRows(['{"a": [1]}'])
     rows[0]["a"].append(2)  # pyright: ignore[reportIndexIssue]
     assert rows[-1] == {"a": [1]}
+
+
+def test_rows_for_which_there_is_no_room_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    with pytest.raises(DatasetError, match=r"cannot be laid into a temporary file: .*\. TMPDIR names a directory"):
+        TextRows(['{"a": 1}'])

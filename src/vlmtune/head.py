@@ -28,8 +28,8 @@ class Head:
     def __init__(self, model: PeftModel) -> None:
         body: Any = model.get_base_model().base_model
         body.register_forward_hook(self._leave_trained)
-        plain: Any = torch.compiler.disable  # it would be compiled anew for every number of trained tokens
-        model.base_model.register_forward_hook(plain(self._score))
+        uncompiled: Any = torch.compiler.disable  # it would be compiled anew for every number of trained tokens
+        model.base_model.register_forward_hook(uncompiled(self._score))
         self._positions: Tensor | None = None  # in the batch, flattened; None leaves all
         self._targets: Tensor | None = None  # [trained]; None leaves logits as they are
         self._entropy = self._is_top1 = torch.empty(0)
@@ -43,7 +43,10 @@ class Head:
         }
 
     def scoring(self, model: Callable[..., Any]) -> Callable[..., Any]:
-        """The model as TRL's trainer calls it, with the scores made here, before accelerate makes 32-bit copies of logits."""
+        """The model as TRL's trainer calls it, with the scores that the hook makes.
+
+        The hook, because what comes out of `model` are logits that accelerate has copied to 32 bit.
+        """
 
         def scored(*, shift_labels: Tensor, fused_lm_head: bool = False, **inputs: Any) -> Any:
             self._targets = shift_labels[0] if fused_lm_head else None
