@@ -33,6 +33,9 @@ sys.path.insert(0, str(HERE / "contenders"))
 
 from probe import Job  # noqa: E402
 
+# for all contenders: glibc keeps freed memory for the next tensor, where it would give it back and have it zeroed again
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
+
 console = Console(width=None if sys.stdout.isatty() else 160)
 
 
@@ -195,7 +198,8 @@ def run(job: Job, contender: Contender, python: str, threads: int) -> dict[str, 
     work = Path(job.work)
     (work / "job.json").write_text(json.dumps(asdict(job)), encoding="utf-8")
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_DISABLED": "true", "DISABLE_VERSION_CHECK": "1"}
-    environment = {**os.environ, **offline, "OMP_NUM_THREADS": str(threads), "HF_DATASETS_CACHE": str(work / "cache")}
+    own = {"OMP_NUM_THREADS": str(threads), "HF_DATASETS_CACHE": str(work / "cache")}
+    environment = {**os.environ, **ALLOCATOR, **offline, **own}
     started = time.perf_counter()
     with (work / "log.txt").open("w", encoding="utf-8") as log:
         command = [python, str(HERE / "contenders" / contender.script), str(work / "job.json")]

@@ -88,11 +88,10 @@ def packed_attention(
         return _varlen(query, key, value, cu_seq_lens_q, max_length_q, options), None
     outputs: list[Tensor] = []
     start = 0
-    for length in segments:
-        stop = start + length
+    for asked, keys, values in zip(*(tensor.split(list(segments), dim=2) for tensor in (query, key, value)), strict=True):
+        stop = start + asked.shape[2]
         mask = attention_mask[..., start:stop, start:stop] if attention_mask is not None else None
-        asked, keys, values = (tensor[:, :, start:stop] for tensor in (query, key, value))
-        if chosen == "written out" and length <= SHORT:
+        if chosen == "written out" and asked.shape[2] <= SHORT:
             outputs.append(_written_out(asked, keys, values, options.get("scaling") or query.shape[-1] ** -0.5))
         else:
             outputs.append(sdpa_attention_forward(module, asked, keys, values, mask, **options)[0])
@@ -109,10 +108,10 @@ def _written_out(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> T
     _, heads, length, width = query.shape
     groups, shared = key.shape[1], heads // key.shape[1]
     outputs: list[Tensor] = []
-    for start in range(0, length, BLOCK):
-        stop = min(start + BLOCK, length)
+    for start, block in zip(range(0, length, BLOCK), query[0].split(BLOCK, dim=1), strict=True):
+        stop = start + block.shape[1]
         later = query.new_full((stop - start, stop), float("-inf")).triu(start + 1).repeat(shared, 1)
-        asked = query[0, :, start:stop].reshape(groups, -1, width)  # [groups, shared * block, width]
+        asked = block.reshape(groups, -1, width)  # [groups, shared * block, width]
         scores = torch.baddbmm(later.expand(groups, -1, -1), asked, key[0, :, :stop].transpose(1, 2), alpha=scaling)
         outputs.append(torch.bmm(torch.softmax(scores, -1), value[0, :, :stop]).reshape(heads, stop - start, width))
     return torch.cat(outputs, dim=1).transpose(0, 1)[None]

@@ -130,7 +130,7 @@ class _Scores(torch.autograd.Function):
     ) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
         for block in _blocks(gradient):  # in its place: it is as large as the logits, and has no other use
-            gradient[block] = gradient[block] * of_log_probs[block, None]
+            gradient[block] = gradient[block].to(torch.float32).mul_(of_log_probs[block, None])
         return gradient, None
 
 

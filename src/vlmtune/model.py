@@ -42,6 +42,7 @@ from vlmtune.activations import keep_less
 from vlmtune.attention import IMPLEMENTATION
 from vlmtune.errors import ModelError, RecipeError, one_line
 from vlmtune.families import Family, find_family
+from vlmtune.patches import multiply_patches
 from vlmtune.plugins import did_you_mean
 from vlmtune.recipe import LoraSection, ModelSection, Recipe
 
@@ -154,6 +155,7 @@ def outline_base(section: ModelSection, family: Family, config: Any) -> PreTrain
                 _outline_eight_bit(module, dtype)
         quantizer.postprocess_model(model)
         model.hf_quantizer = quantizer  # by which the trainer knows that adapters can be trained on it
+    multiply_patches(model)
     keep_training_layout(model)
     return model.requires_grad_(False)
 
@@ -262,6 +264,7 @@ def read_model(section: ModelSection, family: Family, directory: Path | None = N
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model {directory or section.name} cannot be loaded: {one_line(error)}") from error
     savable(model.generation_config)
+    multiply_patches(model)
     return model
 
 
