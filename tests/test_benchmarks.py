@@ -55,3 +55,7 @@ def test_activations() -> None:
 
 def test_head() -> None:
     assert "times faster" in run("head.py")
+
+
+def test_patches() -> None:
+    assert "times faster" in run("patches.py")
