@@ -6,14 +6,13 @@ OMP_NUM_THREADS=1 python benchmarks/activations.py   # two minutes
 from __future__ import annotations
 
 import logging
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from statistics import median
 from unittest.mock import patch
 
 import torch
+from clock import milliseconds
 from memory_table import CARDS, MODELS, ROWS_PER_STEP, TEXT_TOKENS
 from pages import markdown
 from stacks import pictured_recipe
@@ -28,7 +27,7 @@ from vlmtune.planner.forecasting import Forecaster
 from vlmtune.planner.material import read_material
 
 SIDE = 500  # px of a square picture
-TOKENS, REPEATS = 1300, 9
+TOKENS = 1300
 WIDTHS = {"an eighth of Qwen2-VL-7B": (448, 2368), "a quarter": (896, 4736), "Qwen2-VL-7B": (3584, 18944)}  # hidden, MLP
 
 
@@ -78,15 +77,10 @@ def on_this_cpu() -> Iterator[list[str]]:
 
 
 def took(module: Callable[..., torch.Tensor], width: int) -> float:
-    """Milliseconds, the median."""
+    """Milliseconds, forward and backward."""
     x = torch.randn(TOKENS, width).bfloat16().requires_grad_()
     gradient = torch.randn_like(module(x))
-    times: list[float] = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        torch.autograd.grad(module(x), x, gradient)
-        times.append(1000 * (time.perf_counter() - start))
-    return median(times)
+    return milliseconds(lambda: torch.autograd.grad(module(x), x, gradient))
 
 
 def _arrow(before: float, after: float, *, digits: int = 1) -> str:

@@ -5,11 +5,10 @@ OMP_NUM_THREADS=1 python benchmarks/head.py
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
-from statistics import median
 
 import torch
+from clock import milliseconds
 from pages import markdown
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,7 +16,6 @@ from trl.kernels import ChunkedLogProbFunction
 
 from vlmtune.head import score
 
-REPEATS = 7
 CHUNK = 32768  # words of the vocabulary, as TRL calls it
 SIZES = {  # hidden size, vocabulary, trained tokens
     "an eighth of Qwen2-VL-7B": (448, 2716, 1300),
@@ -50,13 +48,7 @@ def our_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def took(loss: Callable[[Tensor, Tensor, Tensor], Tensor], hidden: Tensor, weight: Tensor, targets: Tensor) -> float:
-    """Milliseconds, the median."""
-    times: list[float] = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        torch.autograd.grad(loss(hidden, weight, targets), hidden)
-        times.append(1000 * (time.perf_counter() - start))
-    return median(times)
+    return milliseconds(lambda: torch.autograd.grad(loss(hidden, weight, targets), hidden))
 
 
 if __name__ == "__main__":

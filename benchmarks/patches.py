@@ -5,17 +5,16 @@ OMP_NUM_THREADS=1 python benchmarks/patches.py
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from statistics import median
+from functools import partial
 
 import torch
+from clock import milliseconds
 from pages import markdown
-from torch import Tensor, nn
+from torch import nn
 
 from vlmtune.patches import multiply_patches
 
-REPEATS = 7
 PATCHES, SIZE = 1296, (2, 14, 14)
 WIDTHS = {"an eighth of Qwen2-VL-7B": 160, "Qwen2-VL-7B": 1280}
 
@@ -31,22 +30,11 @@ def measured() -> Iterator[list[str]]:
             torch.manual_seed(0)
             tower = nn.Sequential(nn.Conv3d(3, width, SIZE, stride=SIZE, bias=False)).to(dtype).requires_grad_(False)
             patches = torch.randn(PATCHES, 3, *SIZE).to(dtype)
-            before = took(tower, patches)
+            before = milliseconds(partial(tower, patches))
             multiply_patches(tower)
-            after = took(tower, patches)
+            after = milliseconds(partial(tower, patches))
             kind = str(dtype).removeprefix("torch.")
             yield [name, kind, f"{before:.1f}", f"{after:.1f}", f"{before / after:.0f}"]
-
-
-def took(tower: nn.Module, patches: Tensor) -> float:
-    """Milliseconds, the median."""
-    times: list[float] = []
-    for repeat in range(REPEATS + 2):
-        start = time.perf_counter()
-        tower(patches)
-        if repeat >= 2:  # the first ones warm up
-            times.append(1000 * (time.perf_counter() - start))
-    return median(times)
 
 
 if __name__ == "__main__":
