@@ -15,7 +15,7 @@ from transformers import AttentionInterface
 from vlmtune.attention import IMPLEMENTATION
 from vlmtune.collator import MultimodalCollator
 from vlmtune.errors import ModelError
-from vlmtune.model import load_config, load_processor, positions_model
+from vlmtune.model import load_config, load_model, load_processor, positions_model
 from vlmtune.planner.kernels import CPU, CUDA, CUDA_BEFORE_AMPERE, Device
 from vlmtune.planner.simulation import Outcome, Simulation, outline, simulation
 from vlmtune.recipe import load_recipe
@@ -106,6 +106,18 @@ def build(
     model = outline(recipe, family, load_config(recipe.model))
     made = simulation(recipe, model, processor, family, device=device, checkpointing=checkpointing, packed=packed)
     return model, made, MultimodalCollator(processor, family)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("kind", [*tiny.KINDS, "qwen2_5_vl", "smolvlm", "text"])
+def test_an_outline_has_the_modules_that_the_loaded_model_has(
+    recipe: Callable[..., dict[str, Any]], kind: str, quantization: str
+) -> None:
+    settings = load_recipe(recipe(kind, **{"model.quantization": quantization}))
+    loaded, _, family = load_model(settings)
+    simulated = outline(settings, family, load_config(settings.model))
+    of_loaded, of_simulated = ({name: type(each) for name, each in one.named_modules()} for one in (loaded, simulated))
+    assert of_simulated == of_loaded
 
 
 HALF = {"model.dtype": "bfloat16", "lora.dropout": 0.1}
