@@ -36,6 +36,7 @@ dataset = as_dataset(read_rows(job.rows))
 model = AutoModelForImageTextToText.from_pretrained(job.checkpoint, dtype=torch.bfloat16)
 processor = AutoProcessor.from_pretrained(job.checkpoint)
 only_answers = job.labels == "answers"
+multiple = job.settings.get("pad_to_multiple_of")
 trainer = SFTTrainer(
     model=model,
     args=SFTConfig(
@@ -51,7 +52,7 @@ trainer = SFTTrainer(
         }
     ),
     train_dataset=dataset,
-    data_collator=None if only_answers else WithoutImageTokens(processor),
+    data_collator=None if only_answers else WithoutImageTokens(processor, pad_to_multiple_of=multiple),
     peft_config=lora_config(),
     processing_class=processor,
 )

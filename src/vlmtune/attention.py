@@ -24,6 +24,7 @@ except ImportError:  # an older torch
 IMPLEMENTATION = "vlmtune"
 SHORT = 768  # tokens of a row whose scores a CPU has room for: 33 MB in a layer of 28 heads
 BLOCK = 256  # tokens whose scores fit its cache
+GRAIN = 64  # rows are filled up to a multiple of so many tokens: see `batch.fill_up`
 SPECIAL = ("dropout", "softcap", "s_aux", "position_bias")  # options that only transformers' own functions know
 Sight: TypeAlias = tuple[int, Sequence[tuple[int, int]]]  # so many tokens see the tiles from the one to the other
 Kernel: TypeAlias = Literal["varlen", "written out", "sdpa"]
@@ -105,6 +106,9 @@ def _written_out(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> T
     Query heads that share a key head go below each other, and later keys are left out block by block.
     `benchmarks/attention.py` has the figures.
     """
+    tokens, filled = query.shape[2], -query.shape[2] % GRAIN  # behind the last token, where none of the others looks
+    if filled:
+        query, key, value = (nn.functional.pad(tensor, (0, 0, 0, filled)) for tensor in (query, key, value))
     _, heads, length, width = query.shape
     groups, shared = key.shape[1], heads // key.shape[1]
     outputs: list[Tensor] = []
@@ -114,7 +118,7 @@ def _written_out(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> T
         asked = block.reshape(groups, -1, width)  # [groups, shared * block, width]
         scores = torch.baddbmm(later.expand(groups, -1, -1), asked, key[0, :, :stop].transpose(1, 2), alpha=scaling)
         outputs.append(torch.bmm(torch.softmax(scores, -1), value[0, :, :stop]).reshape(heads, stop - start, width))
-    return torch.cat(outputs, dim=1).transpose(0, 1)[None]
+    return torch.cat(outputs, dim=1)[:, :tokens].transpose(0, 1)[None]
 
 
 def _look(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 IGNORE = -100  # torch's cross_entropy leaves these positions out
 OF_TOKENS = ("input_ids", "labels", "attention_mask", "token_type_ids", "mm_token_type_ids")  # [batch, seq] in every family
+STEADY = 128  # tokens, of which a CPU in 16 bit is given a multiple
 
 
 def make_labels(
@@ -101,3 +102,50 @@ def flatten(batch: Mapping[str, Any], position_ids: Tensor | None = None) -> dic
     longest = int(lengths.max())
     flash = {"cu_seq_lens_q": borders.int(), "cu_seq_lens_k": borders.int(), "max_length_q": longest, "max_length_k": longest}
     return {**packed, **flash, "segments": lengths.tolist()}
+
+
+def steady(device: torch.device, dtype: torch.dtype) -> int:
+    """The number of tokens of which a batch had better have a multiple there.
+
+    Of 16-bit matrices oneDNN compiles a kernel for each new shape, in 2 to 50 ms, and keeps a thousand of them.
+    https://uxlfoundation.github.io/oneDNN/dev_guide_primitive_cache.html
+    """
+    return STEADY if device.type == "cpu" and dtype == torch.bfloat16 else 1
+
+
+def fill_up(batch: Mapping[str, Any], multiple: int, *, pad_token_id: int) -> dict[str, Any]:
+    """The batch with as many tokens behind the last that their number is a multiple, so that few shapes occur.
+
+    They are padding: `attention_mask` is 0 and no label is there. In a packed row they are a segment of their own.
+
+    Args:
+        batch: padded or packed, as the collator makes it.
+        multiple: of so many tokens; 1 leaves the batch as it is.
+        pad_token_id: stands there.
+
+    Example:
+        ids `[[7, 8, 9, 5, 6]]`, labels `[[-100, 8, 9, -100, 6]]`, positions `[[0, 1, 2, 0, 1]]`, segments `[3, 2]`, multiple 8
+        → ids `[[7, 8, 9, 5, 6, 0, 0, 0]]`, labels `[[-100, 8, 9, -100, 6, -100, -100, -100]]`, positions
+        `[[0, 1, 2, 0, 1, 0, 1, 2]]`, segments `[3, 2, 3]`
+
+    """
+    extra = -batch["input_ids"].shape[1] % multiple
+    if not extra:
+        return dict(batch)
+    values, pad = {"labels": IGNORE, "input_ids": pad_token_id}, torch.nn.functional.pad
+    filled = {**batch, **{name: pad(batch[name], (0, extra), value=values.get(name, 0)) for name in OF_TOKENS if name in batch}}
+    if "cross_attention_mask" in batch:  # [batch, seq, pictures, tiles]
+        filled["cross_attention_mask"] = pad(batch["cross_attention_mask"], (0, 0, 0, 0, 0, extra))
+    if "sights" in batch:
+        filled["sights"] = [*batch["sights"], (extra, [])]
+    if "position_ids" in batch:  # [..., seq]
+        positions = batch["position_ids"]
+        own = torch.arange(extra, device=positions.device).expand(*positions.shape[:-1], extra)
+        filled["position_ids"] = torch.cat([positions, own], -1)
+    if "segments" in batch:
+        filled["segments"] = [*batch["segments"], extra]
+        for queries in "qk":
+            borders = batch[f"cu_seq_lens_{queries}"]
+            filled[f"cu_seq_lens_{queries}"] = torch.cat([borders, borders[-1:] + extra])
+            filled[f"max_length_{queries}"] = max(batch[f"max_length_{queries}"], extra)
+    return filled

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 
+from vlmtune.batch import steady
 from vlmtune.collator import MultimodalCollator, PackingCollator, pictures
 from vlmtune.console import progress
 from vlmtune.data import Rows, Split, find_bad_rows, load_data
@@ -133,7 +134,8 @@ def batching(
         DatasetError: there are fewer rows than processes.
 
     """
-    packing = PackingCollator(collator, positions_model(model))
+    multiple = int(config.pad_to_multiple_of or steady(config.device, model.dtype))
+    packing = PackingCollator(collator, positions_model(model), multiple)
     obstacle = "" if recipe.packing.mode == "off" else agree(_packing_obstacle(model, packing, rows, lengths))
     if obstacle and recipe.packing.length:
         raise RecipeError(f"`packing.length` is {recipe.packing.length}, and {obstacle}")

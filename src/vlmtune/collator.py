@@ -16,7 +16,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from torch import Tensor
 
 from vlmtune.album import Album
-from vlmtune.batch import end_at_stop_token, make_labels
+from vlmtune.batch import end_at_stop_token, fill_up, make_labels
 from vlmtune.errors import DatasetError, ImageError, ModelError, one_line
 from vlmtune.escape import Escape
 from vlmtune.families import Family, find_family
@@ -40,6 +40,7 @@ class MultimodalCollator:
         family: a `Family`, the name of one, or None to tell it from the processor.
         train_on_inputs: train on prompts too.
         max_length: longest row, in tokens.
+        pad_to_multiple_of: batches have a multiple of so many tokens, by padding.
         chat_template: a template of one's own; None: as `training_template` finds it.
 
     Attributes:
@@ -61,12 +62,14 @@ class MultimodalCollator:
         train_on_inputs: bool = False,
         *,
         max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
         chat_template: str | None = None,
     ) -> None:
         self.processor = processor
         self.family = find_family(family, processor=processor)
         self.train_on_inputs = train_on_inputs
         self.max_length = max_length
+        self.pad_to_multiple_of = pad_to_multiple_of
         self.features: FeatureStore | None = None
         self.album = Album()
         self._picture_tokens: dict[tuple[int, int], int] = {}  # width, height → tokens
@@ -94,7 +97,11 @@ class MultimodalCollator:
         self._check_lengths(batch["attention_mask"], rows)
         if features:
             batch["image_features"] = self.family.join_features(batch, features)
-        return batch
+        return self.filled(batch, self.pad_to_multiple_of or 1)
+
+    def filled(self, batch: Mapping[str, Any], multiple: int) -> dict[str, Any]:
+        """`fill_up`, with this tokenizer's pad token."""
+        return fill_up(batch, multiple, pad_token_id=self.tokenizer.pad_token_id)
 
     def with_features(self, features: FeatureStore) -> MultimodalCollator:
         """The same collator, with `features`."""
@@ -322,13 +329,14 @@ class MultimodalCollator:
 
 @dataclass(frozen=True)
 class PackingCollator:
-    """A batch that is one sequence without padding, in which no row sees another."""
+    """A batch that is one sequence, in which no row sees another, without padding but for what makes it a multiple."""
 
     collator: MultimodalCollator
     core: Any  # the model without its head, for its positions: on the meta device
+    multiple: int = 1  # of tokens
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        return self.collator.family.flatten(self.collator(rows), self.core)
+        return self.collator.filled(self.collator.family.flatten(self.collator(rows), self.core), self.multiple)
 
 
 def pictures(row: Row) -> list[Any]:

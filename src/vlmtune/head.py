@@ -34,12 +34,18 @@ class Head:
         self._targets: Tensor | None = None  # [trained]; None leaves logits as they are
         self._entropy = self._is_top1 = torch.empty(0)
 
-    def choose(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The batch with `shift_labels` `[1, trained]` in place of `labels` `[batch, seq]`, and their positions kept."""
-        targets = nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE).flatten()
-        self._positions = (targets != IGNORE).nonzero().flatten()
+    def choose(self, inputs: Mapping[str, Any], multiple: int = 1) -> dict[str, Any]:
+        """The batch with `shift_labels` `[1, trained]` in place of `labels` `[batch, seq]`, and their positions kept.
+
+        Of a multiple there are -100 at the end.
+        """
+        pad = nn.functional.pad
+        targets = pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE).flatten()
+        trained = (targets != IGNORE).nonzero().flatten()
+        extra = -len(trained) % multiple
+        self._positions = pad(trained, (0, extra))
         return {name: values for name, values in inputs.items() if name != "labels"} | {
-            "shift_labels": targets[self._positions][None]
+            "shift_labels": pad(targets[trained], (0, extra), value=IGNORE)[None]
         }
 
     def scoring(self, model: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,7 +63,7 @@ class Head:
                 log_probs=output.logits,
                 entropy=self._entropy,
                 is_top1=self._is_top1,
-                label_mask=torch.ones_like(shift_labels, dtype=torch.bool),
+                label_mask=shift_labels != IGNORE,
                 aux_loss=output.get("aux_loss"),
             )
 
@@ -92,15 +98,16 @@ def score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Args:
         logits: `[tokens, vocabulary]`, of any floating dtype.
-        targets: `[tokens]`, one id each.
+        targets: `[tokens]`, one id each, or -100 for no target.
 
     Returns:
         of each token, in 32 bit: the logarithm of its probability, by which gradients go back; the entropy; whether no other
-        is as likely, or only later ones.
+        is as likely, or only later ones. Without a target, zeros, as of TRL's head.
 
     """
-    wanted = logits if torch.is_grad_enabled() else logits.detach()
-    return _Scores.apply(wanted, targets)  # pyright: ignore[reportReturnType]
+    wanted, none = logits if torch.is_grad_enabled() else logits.detach(), targets == IGNORE
+    log_probs, entropy, is_top1 = _Scores.apply(wanted, targets.clamp(min=0))  # pyright: ignore[reportGeneralTypeIssues]
+    return log_probs.masked_fill(none, 0), entropy.masked_fill(none, 0), is_top1 & ~none
 
 
 class _Scores(torch.autograd.Function):

@@ -518,12 +518,15 @@ def attend_by_row(model: PeftModel) -> None:
 def kept_apart(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs of a forward, as the model's attention can tell packed rows from each other.
 
-    Flex attention does so by their positions, and only where there is no mask.
+    Flex attention does so by their positions, and only where there is no mask. For the others the padding at a pack's end is a
+    row like others: a mask that leaves it out would be made into one over all of the pack.
     https://github.com/huggingface/transformers/blob/main/src/transformers/masking_utils.py (`_preprocess_mask_arguments`)
     """
-    config: Any = getattr(model, "module", model).config  # DistributedDataParallel hides it
-    if "segments" not in inputs or config.get_text_config()._attn_implementation != "flex_attention":
+    if "segments" not in inputs:
         return inputs
+    config: Any = getattr(model, "module", model).config  # DistributedDataParallel hides it
+    if config.get_text_config()._attn_implementation != "flex_attention":
+        return {**inputs, "attention_mask": torch.ones_like(inputs["attention_mask"])}
     return {name: values for name, values in inputs.items() if name != "attention_mask"}
 
 

@@ -23,13 +23,15 @@ CANNOT = (TypeError, AttributeError, ValueError, RuntimeError, KeyError, IndexEr
 def packing_fault(model: PeftModel, collator: PackingCollator, rows: Sequence[Row]) -> str | None:
     """What is wrong when these rows are packed: the last one sees another, or comes out other than by itself. None: nothing."""
     family, alone = collator.collator.family, collator.collator(rows[-1:])
-    length = alone["input_ids"].shape[1]
+    length = int(alone["attention_mask"].sum())
     try:
         packed = collator(rows)
+        end = int(packed["attention_mask"].sum())
+        last = slice(end - length, end)
         with evaluating(model):
-            own = _hidden(model, family, packed)[0, -length:]
-            disturbed = _hidden(model, family, _other_words(packed, length))[0, -length:]
-            by_itself = _hidden(model, family, alone)[0]
+            own = _hidden(model, family, packed)[0, last]
+            disturbed = _hidden(model, family, _other_words(packed, last))[0, last]
+            by_itself = _hidden(model, family, alone)[0, :length]
     except torch.OutOfMemoryError:
         raise
     except CANNOT as error:
@@ -76,11 +78,11 @@ def _hidden(model: PeftModel, family: Family, batch: Mapping[str, Any]) -> Tenso
     return core(**inputs, use_cache=False).last_hidden_state.float()
 
 
-def _other_words(packed: Mapping[str, Any], length: int) -> dict[str, Any]:
-    """The pack with words exchanged in all rows but the last, which has so many tokens. Words are what is trained on."""
+def _other_words(packed: Mapping[str, Any], last: slice) -> dict[str, Any]:
+    """The pack with words exchanged in all rows but the last. Words are what is trained on."""
     ids, words = packed["input_ids"], packed["labels"][packed["labels"] >= 0]
     exchanged = torch.isin(ids, words)
-    exchanged[:, -length:] = False
+    exchanged[:, last] = False
     return {**packed, "input_ids": torch.where(exchanged, words[-1], ids)}
 
 

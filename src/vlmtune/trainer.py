@@ -19,6 +19,7 @@ from transformers.integrations import get_available_reporting_integrations, is_d
 from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig, SFTTrainer
 
+from vlmtune.batch import steady
 from vlmtune.callbacks import PlanEpochs, Speed
 from vlmtune.errors import RecipeError, one_line
 from vlmtune.families import Family
@@ -75,12 +76,19 @@ class Trainer(SFTTrainer):
         called: Any = model
         inputs = kept_apart(model, self._family.model_inputs(inputs))
         if not self.args.label_smoothing_factor:  # which wants all logits
-            inputs = self._head.choose(inputs)
+            inputs = self._head.choose(inputs, self._multiple)
             called = model if has_kernels(self.args.device) else self._head.scoring(model)
         try:
             return super().compute_loss(called, inputs, return_outputs, num_items_in_batch)
         finally:
             self._head.rest()
+
+    @property
+    def _multiple(self) -> int:
+        """Of so many tokens the head gets a multiple."""
+        config, device = cast("SFTConfig", self.args), self.args.device
+        own = 1 if has_kernels(device) else steady(device, cast("PeftModel", self.model).dtype)
+        return int(config.pad_to_multiple_of or own)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Under autocast a 32-bit adapter's input stays in 16 bit: peft would raise it, and autocast lower it again.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import psutil
@@ -86,6 +86,7 @@ def finetune(
     split = usable_rows(checked, config.seed, check_images=checked.data.check_images)
     model, processor, found = load_model(checked, family=family)
     prompter = collator_of(checked, processor, found, model.config)
+    prompter.pad_to_multiple_of = cast("int | None", config.pad_to_multiple_of)
     processor.chat_template = prompter.chat_template  # what is trained is what is saved, in checkpoints too
     if checkpoint is not None:
         _refuse_another_adapter(model, checkpoint)

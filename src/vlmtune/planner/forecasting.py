@@ -107,7 +107,8 @@ class Forecaster:
             with Outline():
                 batch["image_features"] = self._family.join_features(batch, features)
             batch = {name: values for name, values in batch.items() if not name.startswith("pixel_")}
-        return self._family.flatten(batch, self._positions) if self._packed else batch
+        batch = self._family.flatten(batch, self._positions) if self._packed else batch
+        return self.material.collator.filled(batch, int(self._config.pad_to_multiple_of or 1))
 
     @cached_property
     def _positions(self) -> Any:
