@@ -22,7 +22,7 @@ except ImportError:  # an older torch
     varlen_attn = None
 
 IMPLEMENTATION = "vlmtune"
-SHORT = 768  # tokens of a row whose scores a CPU has room for: 33 MB in a layer of 28 heads
+SHORT = 768  # tokens of a row whose scores a CPU has room for: 33 MB in a layer of 28 heads, and as many of another shape
 BLOCK = 256  # tokens whose scores fit its cache
 GRAIN = 64  # rows are filled up to a multiple of so many tokens: see `batch.fill_up`
 SPECIAL = ("dropout", "softcap", "s_aux", "position_bias")  # options that only transformers' own functions know
@@ -80,10 +80,11 @@ def packed_attention(
     """
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    if sights is not None and not getattr(module, "is_causal", False):
-        return _look(module, query, key, value, sights, key.shape[2] // max(tiles, 1), options), None
-    plain = attention_mask is None and not any(options.get(name) for name in SPECIAL)
+    looks = sights is not None and not getattr(module, "is_causal", False)
+    plain = (looks or attention_mask is None) and not any(options.get(name) for name in SPECIAL)
     chosen = kernel(query) if plain else "sdpa"
+    if sights is not None and looks:
+        return _look(module, query, key, value, sights, key.shape[2] // max(tiles, 1), chosen, options), None
     if chosen == "varlen":
         assert cu_seq_lens_q is not None
         return _varlen(query, key, value, cu_seq_lens_q, max_length_q, options), None
@@ -93,36 +94,50 @@ def packed_attention(
         stop = start + asked.shape[2]
         mask = attention_mask[..., start:stop, start:stop] if attention_mask is not None else None
         if chosen == "written out" and asked.shape[2] <= SHORT:
-            outputs.append(_written_out(asked, keys, values, options.get("scaling") or query.shape[-1] ** -0.5))
+            outputs.append(_written_out(asked, keys, values, options))
         else:
             outputs.append(sdpa_attention_forward(module, asked, keys, values, mask, **options)[0])
         start = stop
     return torch.cat(outputs, dim=1), None
 
 
-def _written_out(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Causal attention by matrix products: on a CPU in bfloat16 faster than torch's kernel, at the price of memory.
+def _written_out(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
+    """Attention by matrix products: on a CPU in bfloat16 faster than torch's kernel, at the price of memory.
 
-    Query heads that share a key head go below each other, and later keys are left out block by block.
+    Query heads that share a key head go below each other. Where attention is causal, later keys are left out block by block.
     `benchmarks/attention.py` has the figures.
     """
-    tokens, filled = query.shape[2], -query.shape[2] % GRAIN  # behind the last token, where none of the others looks
-    if filled:
-        query, key, value = (nn.functional.pad(tensor, (0, 0, 0, filled)) for tensor in (query, key, value))
+    tokens, causal = query.shape[2], options.get("is_causal") is not False
+    if filled := -tokens % GRAIN:  # behind the last token, where none of the others looks
+        query = nn.functional.pad(query, (0, 0, 0, filled))
+        if causal:
+            key, value = (nn.functional.pad(tensor, (0, 0, 0, filled)) for tensor in (key, value))
     _, heads, length, width = query.shape
     groups, shared = key.shape[1], heads // key.shape[1]
+    scaling = options.get("scaling") or width**-0.5
     outputs: list[Tensor] = []
     for start, block in zip(range(0, length, BLOCK), query[0].split(BLOCK, dim=1), strict=True):
         stop = start + block.shape[1]
-        later = query.new_full((stop - start, stop), float("-inf")).triu(start + 1).repeat(shared, 1)
+        seen = stop if causal else key.shape[2]
+        mask = query.new_zeros(stop - start, seen)
+        if causal:
+            mask = mask.fill_(float("-inf")).triu_(start + 1)
         asked = block.reshape(groups, -1, width)  # [groups, shared * block, width]
-        scores = torch.baddbmm(later.expand(groups, -1, -1), asked, key[0, :, :stop].transpose(1, 2), alpha=scaling)
-        outputs.append(torch.bmm(torch.softmax(scores, -1), value[0, :, :stop]).reshape(heads, stop - start, width))
+        every = mask.repeat(shared, 1).expand(groups, -1, -1)
+        scores = torch.baddbmm(every, asked, key[0, :, :seen].transpose(1, 2), alpha=scaling)
+        outputs.append(torch.bmm(torch.softmax(scores, -1), value[0, :, :seen]).reshape(heads, stop - start, width))
     return torch.cat(outputs, dim=1)[:, :tokens].transpose(0, 1)[None]
 
 
 def _look(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, sights: Sequence[Sight], patches: int, options: dict[str, Any]
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sights: Sequence[Sight],
+    patches: int,
+    kernel: Kernel,
+    options: dict[str, Any],
 ) -> Tensor:
     """Cross-attention without a mask: tokens that see the same tiles go together. Tokens without pictures get zeros."""
     outputs: list[Tensor] = []
@@ -138,7 +153,10 @@ def _look(
             for tensor in (key, value)
         )
         all_of_them: dict[str, Any] = {**options, "is_causal": False}
-        outputs.append(sdpa_attention_forward(module, asked, keys, values, None, **all_of_them)[0])
+        if kernel == "written out" and count * keys.shape[2] <= SHORT**2:
+            outputs.append(_written_out(asked, keys, values, all_of_them))
+        else:
+            outputs.append(sdpa_attention_forward(module, asked, keys, values, None, **all_of_them)[0])
     return torch.cat(outputs, dim=1)
 
 
