@@ -1,4 +1,4 @@
-"""Causal attention of one row on a CPU in bfloat16, forward and backward: torch's kernel against two matrix products.
+"""Attention of one row on a CPU in bfloat16, forward and backward: torch's kernel against two matrix products.
 
 OMP_NUM_THREADS=1 python benchmarks/attention.py
 """
@@ -18,35 +18,44 @@ from vlmtune.attention import packed_attention, sdpa_attention_forward
 
 HEADS = {"Qwen2-VL-7B": (28, 4, 128), "Llama-3.2-11B-Vision": (32, 8, 128), "an eighth of Qwen2-VL-7B": (7, 1, 64)}
 LENGTHS = (128, 256, 512, 1024)
+LOOKS = {"an eighth of Llama-3.2-11B-Vision": (8, 2, 64), "Llama-3.2-11B-Vision": (32, 8, 128)}
+LOOKED_AT = ((40, 1768), (160, 442), (300, 442), (80, 6404))  # tokens, and patches that they see
 REPEATS = 7
 
 
 def main() -> None:
     table = Table(title="milliseconds, medians")
-    for name in ("heads", "tokens", "torch's kernel", "vlmtune", "times faster"):
+    for name in ("heads", "tokens", "patches seen", "torch's kernel", "vlmtune", "times faster"):
         table.add_column(name, justify="right")
     for name, (heads, key_heads, width) in HEADS.items():
         for length in LENGTHS:
             kernel, ours = measured(heads, key_heads, width, length)
-            table.add_row(name, str(length), f"{kernel:.1f}", f"{ours:.1f}", f"{kernel / ours:.2f}")
-    Console().print(table)
+            table.add_row(name, str(length), "", f"{kernel:.1f}", f"{ours:.1f}", f"{kernel / ours:.2f}")
+    for name, (heads, key_heads, width) in LOOKS.items():
+        for length, patches in LOOKED_AT:
+            kernel, ours = measured(heads, key_heads, width, length, patches)
+            table.add_row(name, str(length), str(patches), f"{kernel:.1f}", f"{ours:.1f}", f"{kernel / ours:.2f}")
+    Console(width=120).print(table)
 
 
-def measured(heads: int, key_heads: int, width: int, length: int) -> tuple[float, float]:
-    """Milliseconds of torch's kernel and of vlmtune's attention, interleaved."""
+def measured(heads: int, key_heads: int, width: int, length: int, patches: int | None = None) -> tuple[float, float]:
+    """Milliseconds of torch's kernel and of vlmtune's attention, interleaved; causal, or to all of so many patches."""
     query, key, value = (
-        torch.randn(1, number, length, width, dtype=torch.bfloat16, requires_grad=True)
-        for number in (heads, key_heads, key_heads)
+        torch.randn(1, number, tokens, width, dtype=torch.bfloat16, requires_grad=True)
+        for number, tokens in ((heads, length), (key_heads, patches or length), (key_heads, patches or length))
     )
     layer = nn.Module()
-    layer.is_causal, layer.num_key_value_groups = True, heads // key_heads  # type: ignore[assignment]
+    layer.is_causal, layer.num_key_value_groups = patches is None, heads // key_heads  # type: ignore[assignment]
     gradient = torch.randn(1, length, heads, width, dtype=torch.bfloat16)
+    seen = {"sights": [(length, [(0, 1)])], "tiles": 1} if patches else {}
 
     def kernel() -> None:
-        sdpa_attention_forward(layer, query, key, value, None, scaling=width**-0.5)[0].backward(gradient)
+        causal, scaling = patches is None, width**-0.5
+        sdpa_attention_forward(layer, query, key, value, None, scaling=scaling, is_causal=causal)[0].backward(gradient)
 
     def ours() -> None:
-        packed_attention(layer, query, key, value, None, segments=[length], scaling=width**-0.5)[0].backward(gradient)
+        options = {"segments": [length], "scaling": width**-0.5, **seen}
+        packed_attention(layer, query, key, value, None, **options)[0].backward(gradient)
 
     times: dict[Callable[[], None], list[float]] = {kernel: [], ours: []}
     for repeat in range(REPEATS + 2):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from vlmtune.attention import packed_attention
@@ -78,10 +79,39 @@ def test_a_row_does_not_hear_of_another(device: str) -> None:
     assert torch.equal(packed(query, key, changed)[:, ROWS[0] : ROWS[0] + ROWS[1]], before)
 
 
+def test_rows_of_nearly_one_length_are_products_of_the_same_shapes() -> None:
+    """Of each new shape oneDNN compiles kernels."""
+    shapes: list[set[str]] = []
+    for length in (300, 311):
+        query, key, value = tensors(length, torch.bfloat16, "cpu")
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorder:
+            packed_attention(layer(), query, key, value, None, segments=[length], scaling=0.25)[0].float().sum().backward()
+        events = recorder.key_averages(group_by_input_shape=True)
+        shapes.append({str(event.input_shapes) for event in events if event.key in ("aten::bmm", "aten::baddbmm")})
+    assert shapes[0] == shapes[1]
+    assert len(shapes[0]) >= 6
+
+
 def test_options_that_only_transformers_knows_go_to_transformers() -> None:
     inputs = tensors(sum(ROWS), torch.bfloat16, "cpu")
     with pytest.raises(ValueError, match="softcap"):
         packed(*inputs, softcap=30.0)
+
+
+@pytest.mark.parametrize("patches", [2, 5000])  # 5000: more scores than there is room for
+@pytest.mark.parametrize("device", DEVICES)
+def test_looking_in_bfloat16_has_the_results_and_gradients_of_float32(device: str, patches: int) -> None:
+    sights = [(300, [(0, 1), (2, 3)]), (70, [(1, 2)]), (3, [])]
+    found: list[list[Tensor]] = []
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = tensors(373, dtype, device, keys=3 * patches)
+        seen = packed_attention(
+            layer(causal=False), *inputs, None, segments=[370, 3], sights=sights, tiles=3, scaling=0.25, is_causal=False
+        )[0]
+        gradients = torch.autograd.grad(seen.float().square().sum(), inputs)
+        found.append([seen.detach().float(), *(gradient.float() for gradient in gradients)])
+    for rounded, wanted in zip(*found, strict=True):
+        assert (rounded - wanted).norm() <= 3e-2 * wanted.norm()
 
 
 @pytest.mark.parametrize("device", DEVICES)

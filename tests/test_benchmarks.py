@@ -57,5 +57,9 @@ def test_head() -> None:
     assert "times faster" in run("head.py")
 
 
+def test_shapes() -> None:
+    assert "a new shape, ms" in run("shapes.py")
+
+
 def test_patches() -> None:
     assert "times faster" in run("patches.py")

@@ -52,6 +52,21 @@ def test_a_later_token_that_is_as_likely_is_not_the_first() -> None:
     assert is_top1.tolist() == [True, False]
 
 
+def test_a_token_without_a_target_has_no_score_and_no_gradient() -> None:
+    logits = torch.randn(TOKENS, WORDS, requires_grad=True)
+    targets = torch.randint(WORDS, (TOKENS,))
+    wanted = [values[::2] for values in score(logits, targets)]
+    targets[1::2] = -100
+    found = score(logits, targets)
+    for values, expected in zip(found, wanted, strict=True):
+        assert torch.equal(values[::2], expected)
+        assert not values[1::2].any()
+    found[0].sum().backward()
+    assert logits.grad is not None
+    assert logits.grad[::2].any(1).all()
+    assert not logits.grad[1::2].any()
+
+
 def test_no_token_at_all_has_no_score_and_a_gradient() -> None:
     logits = torch.randn(0, WORDS, requires_grad=True)
     log_probs, _, _ = score(logits, torch.zeros(0, dtype=torch.long))
@@ -86,9 +101,9 @@ def test_scores_and_gradients_are_trls(dtype: torch.dtype) -> None:
     assert (ours.grad - theirs.grad).abs().max() <= (1e-5 if dtype == torch.float32 else 2e-2) * theirs.grad.abs().max()
 
 
-@pytest.mark.parametrize("loss_type", ["nll", "dft"])
+@pytest.mark.parametrize(("loss_type", "multiple"), [("nll", None), ("dft", None), ("nll", 16)])
 def test_a_run_has_the_losses_and_metrics_that_it_has_with_trls_head(
-    recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss_type: str
+    recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss_type: str, multiple: int | None
 ) -> None:
     """TRL's is asked for the same positions, as on a GPU."""
     names = ("loss", "entropy", "mean_token_accuracy", "grad_norm", "num_tokens", "eval_loss", "eval_entropy")
@@ -97,6 +112,7 @@ def test_a_run_has_the_losses_and_metrics_that_it_has_with_trls_head(
         if whose == "trl":
             monkeypatch.setattr(trainer, "has_kernels", lambda _: True)
         settings = {"train.output_dir": str(tmp_path / whose), "train.loss_type": loss_type, "data.eval_rows": 2}
+        settings |= {"train.pad_to_multiple_of": multiple}
         run = finetune(recipe(**{**settings, "train.max_steps": 6, "train.eval_strategy": "steps", "train.eval_steps": 3}))
         found.append([{name: entry[name] for name in names if name in entry} for entry in run.history])
     assert len(found[0]) >= 8

@@ -20,11 +20,11 @@ from tiny import KINDS
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from vlmtune import MultimodalCollator, RecipeError, finetune, load_recipe
+from vlmtune import MultimodalCollator, RecipeError, finetune, head, load_recipe
 from vlmtune.collator import PackingCollator
 from vlmtune.console import console
 from vlmtune.families import Family, qwen2_vl
-from vlmtune.model import attend_by_row, load_model, positions_model, use_checkpointing
+from vlmtune.model import attend_by_row, kept_apart, load_model, positions_model, use_checkpointing
 from vlmtune.proof import packing_fault
 from vlmtune.result import Run
 from vlmtune.trainer import Trainer
@@ -83,9 +83,9 @@ class Loaded:
                 parameter.data.normal_(std=0.05)
         self.padded = {rule: MultimodalCollator(processor, self.family, train_on_inputs=rule) for rule in (False, True)}
 
-    def pack(self, rows: Sequence[Mapping[str, Any]], *, train_on_inputs: bool = False) -> dict[str, Any]:
+    def pack(self, rows: Sequence[Mapping[str, Any]], *, train_on_inputs: bool = False, multiple: int = 1) -> dict[str, Any]:
         attend_by_row(self.model)
-        return PackingCollator(self.padded[train_on_inputs], positions_model(self.model))(rows)
+        return PackingCollator(self.padded[train_on_inputs], positions_model(self.model), multiple)(rows)
 
     def pad(self, rows: Sequence[Mapping[str, Any]], *, train_on_inputs: bool = False) -> dict[str, Any]:
         self.model.get_base_model().set_attn_implementation("sdpa")  # transformers' own
@@ -164,6 +164,18 @@ def test_packed_rows_with_two_one_and_no_pictures_learn_what_each_learns_alone(
     loaded = load(kind)
     packed = loaded.learn(loaded.pack(MIXED, train_on_inputs=train_on_inputs))
     same(packed, loaded.learn_alone(MIXED, train_on_inputs=train_on_inputs))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", EVERY)
+def test_a_pack_that_is_filled_up_learns_what_it_learns_without(load: Load, kind: str, dtype: str) -> None:
+    loaded = load(kind, **{"model.dtype": dtype})
+    rows = without_pictures(MIXED) if kind == "text" else MIXED
+    packed, filled = loaded.pack(rows), loaded.pack(rows, multiple=500)
+    assert filled["input_ids"].shape[1] == 500 > packed["input_ids"].shape[1]
+    assert filled["attention_mask"].sum() == packed["attention_mask"].sum()
+    wanted = loaded.learn(packed)
+    same(loaded.learn(kept_apart(loaded.model, filled)), wanted, rel=1e-5 if dtype == "float32" else 2e-2)
 
 
 @pytest.mark.parametrize("kind", EVERY)
@@ -287,8 +299,10 @@ def test_nothing_is_wrong_with_packs_of_the_families_we_have(load: Load, kind: s
     loaded = load(kind)
     attend_by_row(loaded.model)
     rows = without_pictures(MIXED) if kind == "text" else MIXED
+    positions = positions_model(loaded.model)
     for pair in (rows[:2], rows[1:3], rows[2:], rows[3:] + rows[:1]):
-        assert packing_fault(loaded.model, PackingCollator(loaded.padded[False], positions_model(loaded.model)), pair) is None
+        for multiple in (1, 500):
+            assert packing_fault(loaded.model, PackingCollator(loaded.padded[False], positions, multiple), pair) is None
 
 
 @pytest.mark.slow  # flex attention is compiled
@@ -335,8 +349,10 @@ def test_a_packed_row_that_comes_out_otherwise_is_told(load: Load) -> None:
     loaded = load("qwen2_vl")
     attend_by_row(loaded.model)
     family = Misplaced(**vars(qwen2_vl.FAMILY))
-    packing = PackingCollator(MultimodalCollator(loaded.padded[False].processor, family), positions_model(loaded.model))
-    assert packing_fault(loaded.model, packing, ONE_EACH[:2]) == "a packed row comes out other than by itself"
+    for multiple in (1, 500):
+        collator = MultimodalCollator(loaded.padded[False].processor, family)
+        packing = PackingCollator(collator, positions_model(loaded.model), multiple)
+        assert packing_fault(loaded.model, packing, ONE_EACH[:2]) == "a packed row comes out other than by itself"
 
 
 # ---- whole runs
@@ -421,6 +437,42 @@ def test_a_packed_run_has_the_losses_and_the_tokens_of_a_padded_one(
     assert figures(packed, "num_tokens") == figures(padded, "num_tokens")
     assert figures(packed, "num_tokens")[-1] == sum(real) == sum(int(batch["attention_mask"].sum()) for batch in batches)
     assert figures(packed, "grad_norm") == pytest.approx(figures(padded, "grad_norm"), rel=1e-4)
+
+
+@pytest.mark.parametrize("packing", ["auto", "off"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_whose_batches_are_filled_up_has_the_losses_and_the_tokens_of_one_without(
+    bucketed: MakeRecipe, batches: list[dict[str, Any]], kind: str, packing: str
+) -> None:
+    plain = finetune(bucketed(kind, name="plain", packing=packing))
+    lengths = [batch["input_ids"].shape[1] for batch in batches]
+    batches.clear()
+    filled = finetune(bucketed(kind, name="filled", packing=packing, **{"train.pad_to_multiple_of": 96}))
+    assert [batch["input_ids"].shape[1] for batch in batches] == [-(-length // 96) * 96 for length in lengths] != lengths
+    for name in ("loss", "mean_token_accuracy", "entropy"):
+        assert figures(filled, name) == pytest.approx(figures(plain, name), rel=1e-5)
+    assert figures(filled, "num_tokens") == figures(plain, "num_tokens")
+
+
+def test_packs_of_a_cpu_in_bfloat16_and_what_goes_through_the_head_have_few_lengths(
+    bucketed: MakeRecipe, batches: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[int] = []
+    score = head.score
+    monkeypatch.setattr(head, "score", lambda logits, targets: (scored.append(len(logits)), score(logits, targets))[1])
+    runs = []
+    for multiple in (None, 1):
+        batches.clear()
+        scored.clear()
+        runs.append(
+            finetune(
+                bucketed("qwen2_vl", name=str(multiple), **{"model.dtype": "bfloat16", "train.pad_to_multiple_of": multiple})
+            )
+        )
+        lengths = [batch["input_ids"].shape[1] for batch in batches] + scored
+        assert all(length % 128 == 0 for length in lengths) == (multiple is None)
+    assert figures(runs[0], "num_tokens") == figures(runs[1], "num_tokens")
+    assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=5e-3)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *map(longer, EVERY[3:])])

@@ -153,7 +153,7 @@ def _look(
             for tensor in (key, value)
         )
         all_of_them: dict[str, Any] = {**options, "is_causal": False}
-        if kernel == "written out" and count * keys.shape[2] <= SHORT**2:
+        if kernel == "written out" and (count + -count % GRAIN) * keys.shape[2] <= SHORT**2:
             outputs.append(_written_out(asked, keys, values, all_of_them))
         else:
             outputs.append(sdpa_attention_forward(module, asked, keys, values, None, **all_of_them)[0])

@@ -142,7 +142,8 @@ def batching(
     packed = recipe.packing.mode != "off" and not obstacle
     plan = micro_batches(recipe, config, lengths, packed=packed)
     if packed:
-        return Batching(packing, collator, plan, f"on: no padding, at most {plan.largest:,} tokens a micro-batch")
+        filled = f", filled up to a multiple of {multiple}" if multiple > 1 else ""
+        return Batching(packing, collator, plan, f"on: no padding, at most {plan.largest:,} tokens a micro-batch{filled}")
     return Batching(collator, collator, plan, f"off: {obstacle}" if obstacle else "off")
 
 

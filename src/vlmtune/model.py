@@ -522,7 +522,7 @@ def kept_apart(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     row like others: a mask that leaves it out would be made into one over all of the pack.
     https://github.com/huggingface/transformers/blob/main/src/transformers/masking_utils.py (`_preprocess_mask_arguments`)
     """
-    if "segments" not in inputs:
+    if "segments" not in inputs or "attention_mask" not in inputs:
         return inputs
     config: Any = getattr(model, "module", model).config  # DistributedDataParallel hides it
     if config.get_text_config()._attn_implementation != "flex_attention":

@@ -26,7 +26,7 @@ def packing_fault(model: PeftModel, collator: PackingCollator, rows: Sequence[Ro
     length = int(alone["attention_mask"].sum())
     try:
         packed = collator(rows)
-        end = int(packed["attention_mask"].sum())
+        end = int(packed.get("attention_mask", torch.ones_like(packed["input_ids"])).sum())
         last = slice(end - length, end)
         with evaluating(model):
             own = _hidden(model, family, packed)[0, last]

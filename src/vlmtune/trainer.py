@@ -87,8 +87,9 @@ class Trainer(SFTTrainer):
     def _multiple(self) -> int:
         """Of so many tokens the head gets a multiple."""
         config, device = cast("SFTConfig", self.args), self.args.device
-        own = 1 if has_kernels(device) else steady(device, cast("PeftModel", self.model).dtype)
-        return int(config.pad_to_multiple_of or own)
+        if has_kernels(device):  # TRL's head takes the positions with a label out of them again
+            return 1
+        return int(config.pad_to_multiple_of or steady(device, cast("PeftModel", self.model).dtype))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Under autocast a 32-bit adapter's input stays in 16 bit: peft would raise it, and autocast lower it again.
@@ -155,8 +156,10 @@ class Trainer(SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs["tokens_per_second"] = self._speed(self.state.num_input_tokens_seen)
-            # TRL begins again at 0 when a run is resumed, and takes 3-D positions for a batch of one token
-            self._metrics["train"]["num_tokens"] = [self.state.num_input_tokens_seen]
+        for measured in self._metrics.values():
+            # TRL begins again at 0 on resume, takes 3-D positions for a batch of one token, and counts what fills up
+            if "num_tokens" in measured:
+                measured["num_tokens"] = [self.state.num_input_tokens_seen]
         super().log(logs, start_time)
 
 
@@ -214,6 +217,8 @@ def sft_config(recipe: Recipe) -> SFTConfig:
         given.pop(name, None)
     with train_errors():
         config = SFTConfig(**{**defaults, **given, **fixed})
+    if config.pad_to_multiple_of is not None and int(config.pad_to_multiple_of) < 1:
+        raise RecipeError(f"`train.pad_to_multiple_of` is {config.pad_to_multiple_of}: it is a number of tokens, 1 or more")
     if config.n_gpu > 1:  # one process uses one card, and does not count the others: torchrun starts a process for each
         # https://github.com/huggingface/transformers/blob/main/src/transformers/training_args.py (`n_gpu`)
         config._n_gpu = 1  # pyright: ignore[reportPrivateUsage]
