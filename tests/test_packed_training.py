@@ -454,6 +454,12 @@ def test_a_run_whose_batches_are_filled_up_has_the_losses_and_the_tokens_of_one_
     assert figures(filled, "num_tokens") == figures(plain, "num_tokens")
 
 
+@pytest.mark.parametrize("multiple", [0, -64, "-64"])
+def test_a_multiple_below_one_is_refused(bucketed: MakeRecipe, multiple: int | str) -> None:
+    with pytest.raises(RecipeError, match=r"`train\.pad_to_multiple_of` is (0|-64): it is a number of tokens, 1 or more"):
+        finetune(bucketed("text", name="run", **{"train.pad_to_multiple_of": multiple}))
+
+
 def test_packs_of_a_cpu_in_bfloat16_and_what_goes_through_the_head_have_few_lengths(
     bucketed: MakeRecipe, batches: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
