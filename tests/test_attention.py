@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from vlmtune.attention import packed_attention
+from vlmtune.attention import SHORT, packed_attention
 
 ROWS = (5, 300, 1, 64, 900)  # written out in blocks, and longer than is written out
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -96,6 +96,14 @@ def test_options_that_only_transformers_knows_go_to_transformers() -> None:
     inputs = tensors(sum(ROWS), torch.bfloat16, "cpu")
     with pytest.raises(ValueError, match="softcap"):
         packed(*inputs, softcap=30.0)
+
+
+def test_looks_are_written_out_where_there_is_room_for_their_scores() -> None:
+    for patches, written in ((5, True), (SHORT * SHORT // 64, True), (SHORT * SHORT // 64 + 1, False)):
+        query, key, value = tensors(5, torch.bfloat16, "cpu", keys=patches)
+        with profile(activities=[ProfilerActivity.CPU]) as recorder:
+            packed_attention(layer(causal=False), query, key, value, None, segments=[5], sights=[(5, [(0, 1)])], tiles=1)
+        assert any(event.key == "aten::baddbmm" for event in recorder.key_averages()) == written
 
 
 @pytest.mark.parametrize("patches", [2, 5000])  # 5000: more scores than there is room for

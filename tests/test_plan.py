@@ -197,6 +197,7 @@ def test_more_never_needs_less(recipe: MakeRecipe, kind: str, cache: str) -> Non
         "data.image_size": [56, 56] if kind == "qwen2_vl" else [64, 64],
         "data.text_tokens": 400,
         "train.per_device_train_batch_size": 8,
+        "train.pad_to_multiple_of": 1000,
         "lora.r": 64,
     }.items():
         more = peak(settings, **{**smallest, key: value})

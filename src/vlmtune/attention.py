@@ -22,7 +22,7 @@ except ImportError:  # an older torch
     varlen_attn = None
 
 IMPLEMENTATION = "vlmtune"
-SHORT = 768  # tokens of a row whose scores a CPU has room for: 33 MB in a layer of 28 heads, and as many of another shape
+SHORT = 768  # tokens of a row whose scores, 768 × 768 of each head, a CPU has room for: 33 MB in a layer of 28 heads
 BLOCK = 256  # tokens whose scores fit its cache
 GRAIN = 64  # rows are filled up to a multiple of so many tokens: see `batch.fill_up`
 SPECIAL = ("dropout", "softcap", "s_aux", "position_bias")  # options that only transformers' own functions know
@@ -80,11 +80,11 @@ def packed_attention(
     """
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    looks = sights is not None and not getattr(module, "is_causal", False)
-    plain = (looks or attention_mask is None) and not any(options.get(name) for name in SPECIAL)
+    looks = None if getattr(module, "is_causal", False) else sights  # which stand in the place of a mask
+    plain = (looks is not None or attention_mask is None) and not any(options.get(name) for name in SPECIAL)
     chosen = kernel(query) if plain else "sdpa"
-    if sights is not None and looks:
-        return _look(module, query, key, value, sights, key.shape[2] // max(tiles, 1), chosen, options), None
+    if looks is not None:
+        return _look(module, query, key, value, looks, key.shape[2] // max(tiles, 1), chosen, options), None
     if chosen == "varlen":
         assert cu_seq_lens_q is not None
         return _varlen(query, key, value, cu_seq_lens_q, max_length_q, options), None

@@ -107,7 +107,7 @@ def flatten(batch: Mapping[str, Any], position_ids: Tensor | None = None) -> dic
 def steady(device: torch.device, dtype: torch.dtype) -> int:
     """The number of tokens of which a batch had better have a multiple there.
 
-    Of 16-bit matrices oneDNN compiles a kernel for each new shape, in 2 to 50 ms, and keeps a thousand of them.
+    Of 16-bit matrices oneDNN compiles a kernel for each new shape, and keeps a thousand of them: `benchmarks/shapes.py`.
     https://uxlfoundation.github.io/oneDNN/dev_guide_primitive_cache.html
     """
     return STEADY if device.type == "cpu" and dtype == torch.bfloat16 else 1

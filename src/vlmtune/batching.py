@@ -142,8 +142,8 @@ def batching(
     packed = recipe.packing.mode != "off" and not obstacle
     plan = micro_batches(recipe, config, lengths, packed=packed)
     if packed:
-        filled = f", filled up to a multiple of {multiple}" if multiple > 1 else ""
-        return Batching(packing, collator, plan, f"on: no padding, at most {plan.largest:,} tokens a micro-batch{filled}")
+        padding = f"padding only to a multiple of {multiple}" if multiple > 1 else "no padding"
+        return Batching(packing, collator, plan, f"on: {padding}, at most {plan.largest:,} tokens a micro-batch")
     return Batching(collator, collator, plan, f"off: {obstacle}" if obstacle else "off")
 
 
