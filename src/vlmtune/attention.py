@@ -78,11 +78,11 @@ def packed_attention(
         `[1, seq, heads, head_dim]`, and no weights.
 
     """
-    if segments is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     looks = None if getattr(module, "is_causal", False) else sights  # which stand in the place of a mask
-    plain = (looks is not None or attention_mask is None) and not any(options.get(name) for name in SPECIAL)
+    plain = (looks is not None or segments is None or attention_mask is None) and not any(map(options.get, SPECIAL))
     chosen = kernel(query) if plain else "sdpa"
+    if segments is None:
+        return _attend(module, query, key, value, attention_mask, chosen, options), None
     if looks is not None:
         return _look(module, query, key, value, looks, key.shape[2] // max(tiles, 1), chosen, options), None
     if chosen == "varlen":
@@ -93,40 +93,72 @@ def packed_attention(
     for asked, keys, values in zip(*(tensor.split(list(segments), dim=2) for tensor in (query, key, value)), strict=True):
         stop = start + asked.shape[2]
         mask = attention_mask[..., start:stop, start:stop] if attention_mask is not None else None
-        if chosen == "written out" and asked.shape[2] <= SHORT:
-            outputs.append(_written_out(asked, keys, values, options))
-        else:
-            outputs.append(sdpa_attention_forward(module, asked, keys, values, mask, **options)[0])
+        outputs.append(_attend(module, asked, keys, values, mask, chosen, options))
         start = stop
     return torch.cat(outputs, dim=1), None
 
 
-def _written_out(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kernel: Kernel, options: dict[str, Any]
+) -> Tensor:
+    """Attention of one row, of rows that are padded, or of patches of pictures: `[batch, seq, heads, head_dim]`."""
+    causal = mask is None and options.get("is_causal") is not False and getattr(module, "is_causal", True)
+    size = (query.shape[2], key.shape[2])
+    known = size[0] == size[1] if causal else mask is None or (mask.ndim == 4 and mask.shape[2:] == size)
+    if kernel != "written out" or size[0] == 1 or not known or not _has_room(query, key):
+        return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
+    return _written_out(query, key, value, mask, causal=causal, scaling=options.get("scaling"))
+
+
+def _has_room(query: Tensor, key: Tensor) -> bool:
+    """Whether the scores may be kept for the backward pass. Where there is none, they are gone block by block."""
+    return not query.requires_grad or (query.shape[2] + -query.shape[2] % GRAIN) * key.shape[2] <= SHORT**2
+
+
+def _written_out(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool, scaling: float | None
+) -> Tensor:
     """Attention by matrix products: on a CPU in bfloat16 faster than torch's kernel, at the price of memory.
 
     Query heads that share a key head go below each other. Where attention is causal, later keys are left out block by block.
     `benchmarks/attention.py` has the figures.
     """
-    tokens, causal = query.shape[2], options.get("is_causal") is not False
-    if filled := -tokens % GRAIN:  # behind the last token, where none of the others looks
-        query = nn.functional.pad(query, (0, 0, 0, filled))
-        if causal:
-            key, value = (nn.functional.pad(tensor, (0, 0, 0, filled)) for tensor in (key, value))
-    _, heads, length, width = query.shape
-    groups, shared = key.shape[1], heads // key.shape[1]
-    scaling = options.get("scaling") or width**-0.5
+    tokens, there = query.shape[2], key.shape[2]
+    query, key, value = map(_filled, (query, key, value))
+    batch, heads, length, width = query.shape
+    groups, shared = batch * key.shape[1], heads // key.shape[1]
+    keys, values = (tensor.reshape(groups, -1, tensor.shape[-1]) for tensor in (key, value))
     outputs: list[Tensor] = []
-    for start, block in zip(range(0, length, BLOCK), query[0].split(BLOCK, dim=1), strict=True):
-        stop = start + block.shape[1]
+    for start, block in zip(range(0, length, BLOCK), query.split(BLOCK, dim=2), strict=True):
+        stop = start + block.shape[2]
         seen = stop if causal else key.shape[2]
-        mask = query.new_zeros(stop - start, seen)
+        hidden = query.new_zeros(stop - start, seen)
         if causal:
-            mask = mask.fill_(float("-inf")).triu_(start + 1)
+            hidden.fill_(float("-inf")).triu_(start + 1)
+        else:
+            hidden[:, there:] = float("-inf")
         asked = block.reshape(groups, -1, width)  # [groups, shared * block, width]
-        every = mask.repeat(shared, 1).expand(groups, -1, -1)
-        scores = torch.baddbmm(every, asked, key[0, :, :seen].transpose(1, 2), alpha=scaling)
-        outputs.append(torch.bmm(torch.softmax(scores, -1), value[0, :, :seen]).reshape(heads, stop - start, width))
-    return torch.cat(outputs, dim=1)[:, :tokens].transpose(0, 1)[None]
+        every = hidden.repeat(shared, 1).expand(groups, -1, -1)
+        if mask is not None:
+            every = _with_mask(hidden, mask[:, :, start:stop], batch, heads).view(every.shape)
+        scores = torch.baddbmm(every, asked, keys[:, :seen].transpose(1, 2), alpha=scaling or width**-0.5)
+        outputs.append(torch.bmm(torch.softmax(scores, -1), values[:, :seen]).reshape(batch, heads, stop - start, width))
+    return torch.cat(outputs, dim=2)[:, :, :tokens].transpose(1, 2)
+
+
+def _filled(tensor: Tensor) -> Tensor:
+    """`[batch, heads, seq, head_dim]` with zeros behind, as many as make seq a multiple."""
+    extra = -tensor.shape[2] % GRAIN
+    return nn.functional.pad(tensor, (0, 0, 0, extra)) if extra else tensor
+
+
+def _with_mask(hidden: Tensor, mask: Tensor, batch: int, heads: int) -> Tensor:
+    """`[batch, heads, block, seq]`: what is added to scores. A row that sees nothing is to have some result, not NaN."""
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
+    every = hidden.repeat(batch, heads, 1, 1)
+    every[:, :, : mask.shape[2], : mask.shape[3]] = mask
+    return every
 
 
 def _look(
@@ -152,11 +184,7 @@ def _look(
             torch.cat([tensor[:, :, first * patches : last * patches] for first, last in ranges], dim=2)
             for tensor in (key, value)
         )
-        all_of_them: dict[str, Any] = {**options, "is_causal": False}
-        if kernel == "written out" and (count + -count % GRAIN) * keys.shape[2] <= SHORT**2:
-            outputs.append(_written_out(asked, keys, values, all_of_them))
-        else:
-            outputs.append(sdpa_attention_forward(module, asked, keys, values, None, **all_of_them)[0])
+        outputs.append(_attend(module, asked, keys, values, None, kernel, {**options, "is_causal": False}))
     return torch.cat(outputs, dim=1)
 
 

@@ -130,6 +130,7 @@ def load_base(section: ModelSection, family: Family, *, use_cpu: bool = False) -
         attn_implementation=section.attention,
         quantization_config=quantization_config(section, family, dtype),
     )
+    attend_in_tower(model, family)
     keep_training_layout(model)
     return model.requires_grad_(False)
 
@@ -156,6 +157,7 @@ def outline_base(section: ModelSection, family: Family, config: Any) -> PreTrain
         quantizer.postprocess_model(model)
         model.hf_quantizer = quantizer  # by which the trainer knows that adapters can be trained on it
     multiply_patches(model)
+    attend_in_tower(model, family)
     keep_training_layout(model)
     return model.requires_grad_(False)
 
@@ -490,6 +492,15 @@ def on_device(batch: Mapping[str, Any], model: Any) -> dict[str, Any]:
         else values
         for name, values in batch.items()
     }
+
+
+def attend_in_tower(base: PreTrainedModel, family: Family) -> None:
+    """Has what sees attend by the kernel that its device is fastest with, where it would by SDPA."""
+    for name, module in base.named_modules():
+        if isinstance(module, PreTrainedModel) and family.sees.match(f"{name}."):
+            can_change: bool = type(module)._can_set_attn_implementation()
+            if can_change and module.config._attn_implementation == "sdpa":
+                module.set_attn_implementation(IMPLEMENTATION)
 
 
 def attend_by_row(model: PeftModel) -> None:
