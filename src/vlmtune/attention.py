@@ -1,6 +1,6 @@
 """Attention over packed rows, each row by itself: no mask over the pack, and no row that sees another.
 
-`IMPLEMENTATION` is a name for transformers' `attn_implementation`. A batch that is not packed gets transformers' own SDPA.
+`IMPLEMENTATION` is a name for transformers' `attn_implementation`, and `OF_PICTURES` one for that of a vision tower.
 https://huggingface.co/docs/transformers/attention_interface
 """
 
@@ -22,10 +22,11 @@ except ImportError:  # an older torch
     varlen_attn = None
 
 IMPLEMENTATION = "vlmtune"
+OF_PICTURES = "vlmtune_pictures"
 SHORT = 768  # tokens of a row whose scores, 768 × 768 of each head, a CPU has room for: 33 MB in a layer of 28 heads
 BLOCK = 256  # tokens whose scores fit its cache
 GRAIN = 64  # rows are filled up to a multiple of so many tokens: see `batch.fill_up`
-SPECIAL = ("dropout", "softcap", "s_aux", "position_bias")  # options that only transformers' own functions know
+SPECIAL = ("dropout", "softcap", "s_aux", "position_bias", "cache")  # options that only transformers' own functions know
 Sight: TypeAlias = tuple[int, Sequence[tuple[int, int]]]  # so many tokens see the tiles from the one to the other
 Kernel: TypeAlias = Literal["varlen", "written out", "sdpa"]
 
@@ -78,11 +79,11 @@ def packed_attention(
         `[1, seq, heads, head_dim]`, and no weights.
 
     """
-    looks = None if getattr(module, "is_causal", False) else sights  # which stand in the place of a mask
-    plain = (looks is not None or segments is None or attention_mask is None) and not any(map(options.get, SPECIAL))
-    chosen = kernel(query) if plain else "sdpa"
     if segments is None:
-        return _attend(module, query, key, value, attention_mask, chosen, options), None
+        return picture_attention(module, query, key, value, attention_mask, kernel=kernel, **options)
+    looks = None if getattr(module, "is_causal", False) else sights  # which stand in the place of a mask
+    plain = (looks is not None or attention_mask is None) and not _is_special(options)
+    chosen = kernel(query) if plain else "sdpa"
     if looks is not None:
         return _look(module, query, key, value, looks, key.shape[2] // max(tiles, 1), chosen, options), None
     if chosen == "varlen":
@@ -98,10 +99,47 @@ def packed_attention(
     return torch.cat(outputs, dim=1), None
 
 
+def picture_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    kernel: Callable[[Tensor], Kernel] = kernel_for,
+    segments: Any = None,
+    sights: Any = None,
+    tiles: Any = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention of patches, or of padded rows: transformers' SDPA, or on a CPU what is faster.
+
+    Args:
+        module: the attention layer.
+        query: `[batch, heads, seq, head_dim]`.
+        key: `[batch, key_heads, keys, head_dim]`.
+        value: like `key`.
+        attention_mask: `[batch, 1 or heads, seq, keys]`, true where seen or to be added to scores.
+        kernel: what to compute it with.
+        segments, sights, tiles: of the text that the pictures are in, which a model hands to all its parts.
+        options: `dropout`, `scaling` and what else transformers passes on.
+
+    Returns:
+        `[batch, seq, heads, head_dim]`, and no weights.
+
+    """
+    chosen = "sdpa" if _is_special(options) else kernel(query)
+    return _attend(module, query, key, value, attention_mask, chosen, options), None
+
+
+def _is_special(options: dict[str, Any]) -> bool:
+    return any(isinstance(options.get(name), Tensor) or bool(options.get(name)) for name in SPECIAL)
+
+
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kernel: Kernel, options: dict[str, Any]
 ) -> Tensor:
-    """Attention of one row, of rows that are padded, or of patches of pictures: `[batch, seq, heads, head_dim]`."""
+    """`[batch, seq, heads, head_dim]`."""
     causal = mask is None and options.get("is_causal") is not False and getattr(module, "is_causal", True)
     size = (query.shape[2], key.shape[2])
     known = size[0] == size[1] if causal else mask is None or (mask.ndim == 4 and mask.shape[2:] == size)
@@ -198,5 +236,12 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest:
     return output[None]
 
 
-AttentionInterface.register(IMPLEMENTATION, packed_attention)
+def register(kernel: Callable[[Tensor], Kernel] = kernel_for) -> None:
+    """Makes both known to transformers, with what tells which kernel a tensor goes through."""
+    AttentionInterface.register(IMPLEMENTATION, partial(packed_attention, kernel=kernel))
+    AttentionInterface.register(OF_PICTURES, partial(picture_attention, kernel=kernel))
+
+
+register()
 AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)  # batches that are not packed are masked as ever
+AttentionMaskInterface.register(OF_PICTURES, sdpa_mask)

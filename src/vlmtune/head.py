@@ -1,4 +1,4 @@
-"""The head at trained positions only: which these are, and how likely it makes the tokens there."""
+"""Head and last MLP at trained positions only: which these are, and how likely the head makes the tokens there."""
 
 from __future__ import annotations
 
@@ -18,19 +18,28 @@ BLOCK = 2**20  # logits in 32 bit at once: 4 MiB, which a processor's cache hold
 
 
 class Head:
-    """Two forward hooks: one leaves the hidden states whose next token is trained on, one makes scores of their logits.
+    """Forward hooks: what stands behind the last attention sees the states whose next token is trained on, and no others.
 
-    On a GPU the first is enough, and TRL's fused head scores with Triton kernels. Elsewhere it goes some twenty times over
-    logits in 32 bit, which it computes twice.
+    These are the last layer's MLP and the head. Of the logits a hook makes scores. On a GPU TRL's fused head does that with
+    Triton kernels; elsewhere it goes some twenty times over logits in 32 bit, which it computes twice.
     https://github.com/huggingface/trl/blob/main/trl/kernels/chunked_logprob.py
+
+    Args:
+        model: with its adapter.
+        last_mlp: behind which no token hears of another, as `proof.ends_apart` tells; None leaves all MLPs whole.
+
     """
 
-    def __init__(self, model: PeftModel) -> None:
+    def __init__(self, model: PeftModel, last_mlp: nn.Module | None = None) -> None:
         body: Any = model.get_base_model().base_model
         body.register_forward_hook(self._leave_trained)
         uncompiled: Any = torch.compiler.disable  # it would be compiled anew for every number of trained tokens
         model.base_model.register_forward_hook(uncompiled(self._score))
-        self._positions: Tensor | None = None  # in the batch, flattened; None leaves all
+        if last_mlp is not None:
+            last_mlp.register_forward_pre_hook(self._take_trained)
+            last_mlp.register_forward_hook(self._put_back)
+        self._trained: Tensor | None = None  # positions in the batch, flattened; None leaves all
+        self._extra = 0  # zeros behind them
         self._targets: Tensor | None = None  # [trained]; None leaves logits as they are
         self._entropy = self._is_top1 = torch.empty(0)
 
@@ -41,11 +50,10 @@ class Head:
         """
         pad = nn.functional.pad
         targets = pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE).flatten()
-        trained = (targets != IGNORE).nonzero().flatten()
-        extra = -len(trained) % multiple
-        self._positions = pad(trained, (0, extra))
+        self._trained = (targets != IGNORE).nonzero().flatten()
+        self._extra = -len(self._trained) % multiple
         return {name: values for name, values in inputs.items() if name != "labels"} | {
-            "shift_labels": pad(targets[trained], (0, extra), value=IGNORE)[None]
+            "shift_labels": pad(targets[self._trained], (0, self._extra), value=IGNORE)[None]
         }
 
     def scoring(self, model: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,13 +78,28 @@ class Head:
         return scored
 
     def rest(self) -> None:
-        """Leaves hidden states and logits as they are, until the next `choose`."""
-        self._positions = self._targets = None
+        """Leaves states and logits as they are, until the next `choose`."""
+        self._trained = self._targets = None
 
     def _leave_trained(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if self._positions is not None:
-            output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[self._positions][None]
+        if self._trained is not None:
+            output.last_hidden_state = self._chosen(output.last_hidden_state, self._trained)
         return output
+
+    def _take_trained(self, module: nn.Module, args: Any) -> Any:
+        return args if self._trained is None or torch.compiler.is_compiling() else (self._chosen(args[0], self._trained),)
+
+    def _put_back(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        """Zeros elsewhere, which the residual is added to and nobody reads."""
+        if self._trained is None or torch.compiler.is_compiling():
+            return output
+        everywhere = output.new_zeros(self._shape.numel() // self._shape[-1], output.shape[-1])
+        return everywhere.index_copy(0, self._trained, output[0, : len(self._trained)]).view(self._shape)
+
+    def _chosen(self, states: Tensor, trained: Tensor) -> Tensor:
+        """`[batch, seq, hidden]` → `[1, trained, hidden]`."""
+        self._shape = states.shape
+        return nn.functional.pad(states.flatten(0, 1).index_select(0, trained), (0, 0, 0, self._extra))[None]
 
     def _score(self, module: nn.Module, args: Any, output: Any) -> Any:
         if self._targets is not None:

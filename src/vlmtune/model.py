@@ -38,8 +38,8 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from vlmtune.activations import keep_less
-from vlmtune.attention import IMPLEMENTATION
+from vlmtune.activations import LeanMLP, keep_less
+from vlmtune.attention import IMPLEMENTATION, OF_PICTURES
 from vlmtune.errors import ModelError, RecipeError, one_line
 from vlmtune.families import Family, find_family
 from vlmtune.patches import multiply_patches
@@ -500,7 +500,7 @@ def attend_in_tower(base: PreTrainedModel, family: Family) -> None:
         if isinstance(module, PreTrainedModel) and family.sees.match(f"{name}."):
             can_change: bool = type(module)._can_set_attn_implementation()
             if can_change and module.config._attn_implementation == "sdpa":
-                module.set_attn_implementation(IMPLEMENTATION)
+                module.set_attn_implementation(OF_PICTURES)
 
 
 def attend_by_row(model: PeftModel) -> None:
@@ -524,6 +524,15 @@ def attend_by_row(model: PeftModel) -> None:
         raise ModelError(f"{type(base).__name__} does not take its attention from transformers' AttentionInterface")
     named = [name for name in base.config.sub_configs if getattr(base.config, name) is text]
     base.set_attn_implementation({named[0]: IMPLEMENTATION} if named else IMPLEMENTATION)
+
+
+def last_mlp(model: PeftModel, family: Family) -> LeanMLP | None:
+    """The language model's last, by the order of its modules, where it is one that is known."""
+    core: Any = model.get_base_model().base_model
+    found = [
+        module for name, module in core.named_modules() if isinstance(module, LeanMLP) and not family.sees.match(f"{name}.")
+    ]
+    return found[-1] if found else None
 
 
 def kept_apart(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:

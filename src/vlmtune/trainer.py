@@ -46,6 +46,7 @@ class Trainer(SFTTrainer):
         family: knows how a batch goes into the model.
         plan: which rows go together; None leaves that to the trainer.
         eval_collator: makes the batches of evaluations, which are not packed.
+        last_mlp: computed at trained positions only, as `Head` says.
 
     """
 
@@ -58,6 +59,7 @@ class Trainer(SFTTrainer):
         family: Family,
         plan: BatchPlan | None,
         eval_collator: Any,
+        last_mlp: nn.Module | None,
         callbacks: list[TrainerCallback],
         **kwargs: Any,
     ) -> None:
@@ -68,7 +70,7 @@ class Trainer(SFTTrainer):
         # the loss is divided by all trained tokens of a step, whatever the model's own forward does with their number:
         # else it would depend on how rows fall into micro-batches (`accepts_loss_kwargs`, transformers' modeling files)
         self.model_accepts_loss_kwargs = True
-        self._head = Head(cast("PeftModel", self.model))
+        self._head = Head(cast("PeftModel", self.model), last_mlp)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -81,7 +83,8 @@ class Trainer(SFTTrainer):
         try:
             return super().compute_loss(called, inputs, return_outputs, num_items_in_batch)
         finally:
-            self._head.rest()
+            if not model.training:  # else the backward pass may compute layers again
+                self._head.rest()
 
     @property
     def _multiple(self) -> int:
@@ -100,7 +103,10 @@ class Trainer(SFTTrainer):
         model = cast("PeftModel", self.model)
         dora = any(getattr(config, "use_dora", False) for config in model.peft_config.values())
         with disable_input_dtype_casting(model, active=(self.args.bf16 or self.args.fp16) and not dora):
-            return super().training_step(*args, **kwargs)
+            try:
+                return super().training_step(*args, **kwargs)
+            finally:
+                self._head.rest()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         with train_errors():

@@ -33,10 +33,11 @@ from vlmtune.console import console, decisions, is_main_process
 from vlmtune.data import SHOWN, Rows, Split, spread
 from vlmtune.errors import ModelError, OutputError, RecipeError, VlmtuneError
 from vlmtune.families import Family
-from vlmtune.model import compute_dtype, load_model, match_adapter_dtype, parameter_counts, use_checkpointing
+from vlmtune.model import compute_dtype, last_mlp, load_model, match_adapter_dtype, parameter_counts, use_checkpointing
 from vlmtune.output import MARK, claim, disk_errors, last_checkpoint
 from vlmtune.plan.forecast import Plan
 from vlmtune.prediction import Gauge, chosen_before, in_words, planned, remedy
+from vlmtune.proof import ends_apart
 from vlmtune.recipe import Recipe, load_recipe
 from vlmtune.result import Run, answer_options, evaluate, save
 from vlmtune.trainer import Trainer, checkpoint_every, listed, sft_config, try_out
@@ -238,6 +239,7 @@ def _trainer(
     if every != 0:
         use_checkpointing(model, every)
     patience = recipe.eval.early_stop_patience
+    last = last_mlp(model, prompter.family)
     try:
         trainer = Trainer(
             model=model,
@@ -246,6 +248,7 @@ def _trainer(
             plan=batches.plan,
             data_collator=batches.collator,  # pyright: ignore[reportArgumentType]
             eval_collator=batches.padded,
+            last_mlp=last if last is not None and ends_apart(model, prompter, split.train[0], last) else None,
             train_dataset=_dataset(split.train),
             eval_dataset=_dataset(split.held_out) if split.held_out is not None else None,
             processing_class=prompter.processor,

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
-from transformers import AttentionInterface
 
-from vlmtune.attention import IMPLEMENTATION, Kernel, packed_attention, takes_varlen
+from vlmtune import attention
+from vlmtune.attention import Kernel, takes_varlen
 from vlmtune.planner.ledger import to_meta
 
 aten = torch.ops.aten
@@ -359,7 +359,7 @@ def stand_ins(kernels: Kernels) -> Generator[None]:
 
     from vlmtune import trainer
 
-    AttentionInterface.register(IMPLEMENTATION, partial(packed_attention, kernel=kernels.kernel_for))
+    attention.register(kernels.kernel_for)
     enabled, dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
     clear, state = torch.clear_autocast_cache, torch.get_rng_state
 
@@ -391,7 +391,7 @@ def stand_ins(kernels: Kernels) -> Generator[None]:
     finally:
         for each in replaced:
             each.stop()
-        AttentionInterface.register(IMPLEMENTATION, packed_attention)
+        attention.register()
 
 
 def _played(device: str) -> str:

@@ -25,6 +25,7 @@ from vlmtune.families import Family
 from vlmtune.model import (
     attend_by_row,
     compute_dtype,
+    last_mlp,
     match_adapter_dtype,
     outline_base,
     part_of,
@@ -190,6 +191,7 @@ def simulation(
             plan=None,
             data_collator=list,  # pyright: ignore[reportArgumentType]
             eval_collator=None,
+            last_mlp=last_mlp(model, family),
             train_dataset=NO_ROWS,
             processing_class=processor,
             callbacks=[],
