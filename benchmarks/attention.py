@@ -1,4 +1,6 @@
-"""Attention of one row on a CPU in bfloat16, forward and backward: torch's kernel against two matrix products.
+"""Attention on a CPU in bfloat16: torch's kernel against two matrix products.
+
+Of one row, forward and backward, and of pictures in a frozen tower, forward.
 
 OMP_NUM_THREADS=1 python benchmarks/attention.py
 """
@@ -8,18 +10,27 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from vlmtune.attention import packed_attention, sdpa_attention_forward
+from vlmtune.attention import packed_attention, picture_attention, sdpa_attention_forward
 
 HEADS = {"Qwen2-VL-7B": (28, 4, 128), "Llama-3.2-11B-Vision": (32, 8, 128), "an eighth of Qwen2-VL-7B": (7, 1, 64)}
 LENGTHS = (128, 256, 512, 1024)
 LOOKS = {"an eighth of Llama-3.2-11B-Vision": (8, 2, 64), "Llama-3.2-11B-Vision": (32, 8, 128)}
 LOOKED_AT = ((40, 1768), (160, 442), (300, 442), (80, 6404))  # tokens, and patches that they see
+TOWERS = {  # pictures at once, heads, patches of a picture, width of a head, and whether there is a mask
+    "an eighth of Qwen2-VL-7B": (1, 2, 576, 80, False),
+    "an eighth of Llama-3.2-11B-Vision": (2, 2, 1792, 80, True),
+    "an eighth of Pixtral-12B": (1, 2, 882, 64, True),
+    "Qwen2-VL-7B": (1, 16, 1296, 80, False),
+    "Llama-3.2-11B-Vision": (2, 16, 6432, 80, True),
+    "Pixtral-12B": (1, 16, 2048, 64, True),
+}
 REPEATS = 7
 
 
@@ -35,6 +46,13 @@ def main() -> None:
         for length, patches in LOOKED_AT:
             kernel, ours = measured(heads, key_heads, width, length, patches)
             table.add_row(name, str(length), str(patches), f"{kernel:.1f}", f"{ours:.1f}", f"{kernel / ours:.2f}")
+    Console(width=120).print(table)
+    table = Table(title="pictures in a frozen tower, milliseconds, medians")
+    for name in ("tower of", "pictures × patches", "torch's kernel", "vlmtune", "times faster"):
+        table.add_column(name, justify="right")
+    for name, (pictures, heads, patches, width, masked) in TOWERS.items():
+        kernel, ours = measured_in_tower(pictures, heads, patches, width, masked=masked)
+        table.add_row(name, f"{pictures} × {patches}", f"{kernel:.1f}", f"{ours:.1f}", f"{kernel / ours:.2f}")
     Console(width=120).print(table)
 
 
@@ -57,14 +75,32 @@ def measured(heads: int, key_heads: int, width: int, length: int, patches: int |
         options = {"segments": [length], "scaling": width**-0.5, **seen}
         packed_attention(layer, query, key, value, None, **options)[0].backward(gradient)
 
-    times: dict[Callable[[], None], list[float]] = {kernel: [], ours: []}
+    return medians(kernel, ours)
+
+
+@torch.no_grad()
+def measured_in_tower(pictures: int, heads: int, patches: int, width: int, *, masked: bool) -> tuple[float, float]:
+    """Milliseconds of torch's kernel and of vlmtune's attention, interleaved; every patch sees every patch."""
+    query, key, value = (torch.randn(pictures, patches, heads, width).bfloat16().transpose(1, 2) for _ in range(3))
+    mask = torch.zeros(pictures, 1, patches, patches, dtype=torch.bfloat16) if masked else None
+    layer = nn.Module()
+    options = {"scaling": width**-0.5, "is_causal": False}
+    return medians(
+        lambda: sdpa_attention_forward(layer, query, key, value, mask, **options),
+        lambda: picture_attention(layer, query, key, value, mask, **options),
+    )
+
+
+def medians(*functions: Callable[[], object]) -> Any:
+    """Milliseconds of each, all by turns."""
+    times: list[list[float]] = [[] for _ in functions]
     for repeat in range(REPEATS + 2):
-        for function, taken in times.items():
+        for function, taken in zip(functions, times, strict=True):
             started = time.perf_counter()
             function()
             if repeat >= 2:  # the first ones warm up
                 taken.append((time.perf_counter() - started) * 1e3)
-    return statistics.median(times[kernel]), statistics.median(times[ours])
+    return tuple(map(statistics.median, times))
 
 
 if __name__ == "__main__":

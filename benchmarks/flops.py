@@ -62,6 +62,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
+from vlmtune.batch import IGNORE
+from vlmtune.head import Head
 from vlmtune.planner.ledger import FORMULAS, Outline
 from vlmtune.planner.published import published_config
 
@@ -264,7 +266,12 @@ MODELS: tuple[Model, ...] = (
 )
 
 
-def build(model: Model, *, device: str, checkpointing: int, hooks: bool) -> Any:
+def build(model: Model, **options: Any) -> Any:
+    """The model itself, without PEFT's wrapper."""
+    return adapted(model, **options).get_base_model()
+
+
+def adapted(model: Model, *, device: str, checkpointing: int, hooks: bool) -> Any:
     """The model with LoRA on the language model's q_proj and v_proj, everything else frozen, in training mode."""
     with torch.device(device):
         dtype = torch.bfloat16 if device == "meta" else torch.float32
@@ -278,7 +285,7 @@ def build(model: Model, *, device: str, checkpointing: int, hooks: bool) -> Any:
         base.disable_input_require_grads()
     if hooks:
         peft_model.enable_input_require_grads()  # what TRL calls: on every embedding, the tower's included
-    return base.train()
+    return peft_model.train()
 
 
 @cache
@@ -318,12 +325,21 @@ def language(
     packed: bool,
     checkpointing: int,
     gradients: bool,
+    trained: int | None = None,
     device: str = "meta",
 ) -> int:
-    """Embeddings to last hidden states and back; with gradients into the picture features too, and into the embeddings."""
-    built = build(model, device=device, checkpointing=checkpointing, hooks=gradients)
+    """Embeddings to last hidden states and back; with gradients into the picture features too, and into the embeddings.
+
+    The last MLP at so many positions only, if they are given, as vlmtune has it.
+    """
+    wrapped = adapted(model, device=device, checkpointing=checkpointing, hooks=gradients)
+    built = wrapped.get_base_model()
     features = torch.zeros(features_shape(model, grid, len(text)), dtype=built.dtype, device=device, requires_grad=gradients)
     ids, positions, lengths = rows(model, grid, text, packed=packed)
+    if trained is not None:
+        places = torch.arange(ids.numel()).reshape(ids.shape)
+        chosen = {"labels": ids.masked_fill(places > trained, IGNORE)}  # the first token has no label that counts
+        Head(wrapped, built.model.language_model.layers[-1].mlp).choose(chosen)
     with Count() as count, _attend_per_row(lengths if packed else None):
         out = built.model(input_ids=ids, position_ids=positions, use_cache=False, **model.see(features))
         torch.autograd.backward(out.last_hidden_state, torch.ones_like(out.last_hidden_state))
@@ -430,6 +446,7 @@ def step(
             packed=stack.packed,
             checkpointing=stack.checkpointing,
             gradients=stack.hooks,
+            trained=positions if stack.packed else None,
             device=device,
         ),
         head=head(model, positions, fused=not stack.full_logits, device=device),

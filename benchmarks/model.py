@@ -168,11 +168,15 @@ def reference_row(family: str, *, small: bool, everything: bool) -> tuple[Sizes,
 
 
 def useful_flops(family: str, rows: Sequence[Mapping[str, int]], *, epochs: int, labels: str) -> float:
-    """The work that a run on the small model cannot do without: the tower once per picture, the rest once per epoch."""
-    total = 0.0
+    """The work that a run on the small model cannot do without: the tower once per picture, the rest once per epoch.
+
+    Of the last layer's MLP, as of the head, the positions with a label: no token hears of another behind it.
+    """
+    sizes, total = SMALL[family], 0.0
     for row in rows:
-        work = flops(SMALL[family], Row(row["tokens"], row["patches"], row[labels]))
-        total += work["vision"] + epochs * (work["language"] + work["head"])
+        work = flops(sizes, Row(row["tokens"], row["patches"], row[labels]))
+        idle = 4 * sizes.language.mlp_parameters * (row["tokens"] - row[labels])
+        total += work["vision"] + epochs * (work["language"] - idle + work["head"])
     return total
 
 

@@ -236,10 +236,10 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest:
     return output[None]
 
 
-def register(kernel: Callable[[Tensor], Kernel] = kernel_for) -> None:
-    """Makes both known to transformers, with what tells which kernel a tensor goes through."""
-    AttentionInterface.register(IMPLEMENTATION, partial(packed_attention, kernel=kernel))
-    AttentionInterface.register(OF_PICTURES, partial(picture_attention, kernel=kernel))
+def register(kernel: Callable[[Tensor], Kernel] | None = None) -> None:
+    """Makes both known to transformers, or with another device's way to tell which kernel a tensor goes through."""
+    for name, function in ((IMPLEMENTATION, packed_attention), (OF_PICTURES, picture_attention)):
+        AttentionInterface.register(name, partial(function, kernel=kernel) if kernel is not None else function)
 
 
 register()

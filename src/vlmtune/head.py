@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class Head:
             last_mlp.register_forward_hook(self._put_back)
         self._trained: Tensor | None = None  # positions in the batch, flattened; None leaves all
         self._extra = 0  # zeros behind them
+        self._stays = False
         self._targets: Tensor | None = None  # [trained]; None leaves logits as they are
         self._entropy = self._is_top1 = torch.empty(0)
 
@@ -77,9 +79,20 @@ class Head:
 
         return scored
 
+    @contextmanager
+    def step(self) -> Generator[None]:
+        """In here what was chosen stays so for the backward pass too, which may compute layers again."""
+        self._stays = True
+        try:
+            yield
+        finally:
+            self._stays = False
+            self.rest()
+
     def rest(self) -> None:
         """Leaves states and logits as they are, until the next `choose`."""
-        self._trained = self._targets = None
+        if not self._stays:
+            self._trained = self._targets = None
 
     def _leave_trained(self, module: nn.Module, args: Any, output: Any) -> Any:
         if self._trained is not None:

@@ -496,11 +496,12 @@ def on_device(batch: Mapping[str, Any], model: Any) -> dict[str, Any]:
 
 def attend_in_tower(base: PreTrainedModel, family: Family) -> None:
     """Has what sees attend by the kernel that its device is fastest with, where it would by SDPA."""
-    for name, module in base.named_modules():
-        if isinstance(module, PreTrainedModel) and family.sees.match(f"{name}."):
-            can_change: bool = type(module)._can_set_attn_implementation()
-            if can_change and module.config._attn_implementation == "sdpa":
-                module.set_attn_implementation(OF_PICTURES)
+    towers: list[Any] = [
+        module for name, module in base.named_modules() if isinstance(module, PreTrainedModel) and family.sees.match(f"{name}.")
+    ]
+    for tower in towers:
+        if tower.config._attn_implementation == "sdpa" and tower._can_set_attn_implementation():
+            tower.set_attn_implementation(OF_PICTURES)
 
 
 def attend_by_row(model: PeftModel) -> None:

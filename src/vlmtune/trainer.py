@@ -83,8 +83,7 @@ class Trainer(SFTTrainer):
         try:
             return super().compute_loss(called, inputs, return_outputs, num_items_in_batch)
         finally:
-            if not model.training:  # else the backward pass may compute layers again
-                self._head.rest()
+            self._head.rest()
 
     @property
     def _multiple(self) -> int:
@@ -102,11 +101,9 @@ class Trainer(SFTTrainer):
         """
         model = cast("PeftModel", self.model)
         dora = any(getattr(config, "use_dora", False) for config in model.peft_config.values())
-        with disable_input_dtype_casting(model, active=(self.args.bf16 or self.args.fp16) and not dora):
-            try:
-                return super().training_step(*args, **kwargs)
-            finally:
-                self._head.rest()
+        active = (self.args.bf16 or self.args.fp16) and not dora
+        with self._head.step(), disable_input_dtype_casting(model, active=active):
+            return super().training_step(*args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         with train_errors():
