@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from vlmtune.attention import SHORT, packed_attention
+from vlmtune.attention import GRAIN, SHORT, packed_attention, picture_attention
 
 ROWS = (5, 300, 1, 64, 900)  # written out in blocks, and longer than is written out
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -146,3 +146,57 @@ def test_tokens_look_at_their_own_tiles_and_those_without_at_none(device: str) -
     assert torch.allclose(seen[:, :2], first, atol=1e-6)
     assert torch.allclose(seen[:, 2:4], second, atol=1e-6)
     assert not seen[:, 4:].any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("seeing", ["all", "added", "added for each head", "true or false"])
+@pytest.mark.parametrize(("batch", "patches", "keys"), [(1, 300, 300), (2, 70, 333), (1, 2, GRAIN)])
+def test_pictures_in_bfloat16_get_what_they_get_in_float32(
+    device: str, seeing: str, batch: int, patches: int, keys: int
+) -> None:
+    torch.manual_seed(0)
+    shapes = ((batch, 4, patches, 16), (batch, 2, keys, 16), (batch, 2, keys, 16))
+    query, key, value = (torch.randn(shape, device=device) for shape in shapes)
+    seen = torch.rand(batch, 4 if seeing == "added for each head" else 1, patches, keys, device=device) > 0.3
+    seen[..., 0] = True
+    mask = None if seeing == "all" else seen if seeing == "true or false" else torch.where(seen, 0.0, -1e9)
+    wanted = sdpa_attention_forward(layer(causal=False), query, key, value, mask, scaling=0.25, is_causal=False)[0]
+    half = mask.bfloat16() if mask is not None and mask.dtype != torch.bool else mask
+    rounded = (tensor.bfloat16() for tensor in (query, key, value))
+    found = picture_attention(layer(causal=False), *rounded, half, scaling=0.25, is_causal=False)[0]
+    assert (found.float() - wanted).abs().max() <= 3e-2
+
+
+def test_a_patch_that_sees_nothing_gets_some_result() -> None:
+    query, key, value = (tensor.detach() for tensor in tensors(70, torch.bfloat16, "cpu"))
+    mask = torch.ones(1, 1, 70, 70, dtype=torch.bool)
+    mask[:, :, 3] = False
+    assert picture_attention(layer(causal=False), query, key, value, mask)[0].isfinite().all()
+
+
+def is_written_out(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **options: object) -> bool:
+    with profile(activities=[ProfilerActivity.CPU]) as recorder:
+        picture_attention(layer(causal=False), query, key, value, mask, **options)  # pyright: ignore
+    return any(event.key == "aten::baddbmm" for event in recorder.key_averages())
+
+
+def test_pictures_are_written_out_on_a_cpu_in_16_bit_where_there_is_room_or_nothing_is_kept() -> None:
+    none = {"is_causal": False}
+    long = tensors(SHORT + 1, torch.bfloat16, "cpu")
+    frozen = tuple(tensor.detach() for tensor in long)
+    assert is_written_out(*frozen, **none)
+    assert not is_written_out(*long, **none)
+    assert is_written_out(*tensors(SHORT, torch.bfloat16, "cpu"), **none)
+    assert not is_written_out(*tensors(SHORT, torch.float32, "cpu"), **none)
+    assert not is_written_out(*frozen, **none, dropout=0.1)
+    assert not is_written_out(*frozen, **none, position_bias=torch.zeros(1, 4, SHORT + 1, SHORT + 1))
+    assert not is_written_out(*frozen, torch.zeros(4, SHORT + 1, SHORT + 1, dtype=torch.bfloat16))
+    assert not is_written_out(frozen[0][:, :, :1], *frozen[1:], **none)
+
+
+def test_padded_rows_that_look_back_only_are_written_out_too() -> None:
+    query, key, value = tensors(300, torch.bfloat16, "cpu")
+    found = picture_attention(layer(), query, key, value, None, scaling=0.25)[0]
+    wanted = sdpa_attention_forward(layer(), *(tensor.float() for tensor in (query, key, value)), None, scaling=0.25)[0]
+    assert (found.float() - wanted).abs().max() <= 3e-2
+    assert is_written_out(query, key, value)

@@ -7,8 +7,10 @@ import pytest
 import torch
 from tiny import KINDS
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from vlmtune import MultimodalCollator, RecipeError, finetune, load_model, load_recipe
+from vlmtune.attention import OF_PICTURES
 from vlmtune.data import load_data
 from vlmtune.model import parameter_counts, use_checkpointing
 
@@ -50,6 +52,20 @@ def test_parameters_of_a_quantised_model_are_counted_as_they_were(recipe: MakeRe
         for model, _, family in (load_model(load_recipe(recipe(**{"model.quantization": q}))) for q in ("none", "nf4"))
     ]
     assert [c.total for c in counts[0]] == [c.total for c in counts[1]]
+
+
+@pytest.mark.parametrize(("asked", "used"), [(None, OF_PICTURES), ("sdpa", OF_PICTURES), ("eager", "eager")])
+@pytest.mark.parametrize("kind", [*KINDS, *GENERIC])
+def test_the_tower_attends_by_what_is_fastest_unless_another_attention_is_named(
+    recipe: MakeRecipe, kind: str, asked: str | None, used: str
+) -> None:
+    settings = load_recipe(recipe(kind, **{"model.attention": asked, "model.dtype": "bfloat16"}))
+    model, processor, family = load_model(settings)
+    (tower,) = (module for name, module in model.named_modules() if name.rpartition(".")[2] == SEES[kind])
+    assert tower.config._attn_implementation == used
+    with profile(activities=[ProfilerActivity.CPU]) as recorder, torch.no_grad():
+        model(**family.model_inputs(batch_of(settings, processor, family)))
+    assert any(event.key == "aten::baddbmm" for event in recorder.key_averages()) == (used == OF_PICTURES)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
