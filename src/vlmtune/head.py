@@ -41,7 +41,8 @@ class Head:
             last_mlp.register_forward_hook(self._put_back)
         self._trained: Tensor | None = None  # positions in the batch, flattened; None leaves all
         self._extra = 0  # zeros behind them
-        self._stays = False
+        self._shape = torch.Size()  # of the states that they were taken from
+        self._stays = False  # chosen, until a step is over
         self._targets: Tensor | None = None  # [trained]; None leaves logits as they are
         self._entropy = self._is_top1 = torch.empty(0)
 
@@ -100,13 +101,15 @@ class Head:
         return output
 
     def _take_trained(self, module: nn.Module, args: Any) -> Any:
-        return args if self._trained is None or torch.compiler.is_compiling() else (self._chosen(args[0], self._trained),)
+        if torch.compiler.is_compiling() or self._trained is None:
+            return args
+        return (self._chosen(args[0], self._trained),)
 
     def _put_back(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """Zeros elsewhere, which the residual is added to and nobody reads."""
-        if self._trained is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._trained is None:
             return output
-        everywhere = output.new_zeros(self._shape.numel() // self._shape[-1], output.shape[-1])
+        everywhere = output.new_zeros(self._shape).flatten(0, 1)
         return everywhere.index_copy(0, self._trained, output[0, : len(self._trained)]).view(self._shape)
 
     def _chosen(self, states: Tensor, trained: Tensor) -> Tensor:
