@@ -115,7 +115,8 @@ class Head:
     def _chosen(self, states: Tensor, trained: Tensor) -> Tensor:
         """`[batch, seq, hidden]` → `[1, trained, hidden]`."""
         self._shape = states.shape
-        return nn.functional.pad(states.flatten(0, 1).index_select(0, trained), (0, 0, 0, self._extra))[None]
+        chosen = states.flatten(0, 1).index_select(0, trained)[None]
+        return nn.functional.pad(chosen, (0, 0, 0, self._extra)) if self._extra else chosen
 
     def _score(self, module: nn.Module, args: Any, output: Any) -> Any:
         if self._targets is not None:
