@@ -300,7 +300,8 @@ def train(setting: Setting, recipe: Any) -> tuple[dict[str, int], tuple[Any, ...
         trainer = whole_trainer(setting, model, config, split.train, processor, batches)
     else:
         split, batches, _ = training._prepared(recipe, config, model, split, prompter, None)
-        trainer = training._trainer(recipe, config, model, split, prompter, batches)
+        last = training._last_mlp(model, family, batches, split)
+        trainer = training._trainer(recipe, config, model, split, prompter, batches, last)
     batches = replace(batches, collator=in_torchs_memory(batches.collator))
     trainer.data_collator = batches.collator
     trainer.add_callback(marks())

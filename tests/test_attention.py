@@ -200,3 +200,16 @@ def test_padded_rows_that_look_back_only_are_written_out_too() -> None:
     wanted = sdpa_attention_forward(layer(), *(tensor.float() for tensor in (query, key, value)), None, scaling=0.25)[0]
     assert (found.float() - wanted).abs().max() <= 3e-2
     assert is_written_out(query, key, value)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_caller_says_whether_it_looks_back_only_and_values_may_have_another_width(causal: bool) -> None:
+    query, key, _ = (tensor.detach() for tensor in tensors(70, torch.bfloat16, "cpu"))
+    value = torch.randn(1, 2, 70, 24).bfloat16()
+    module = layer()
+    module.is_causal = not causal  # pyright: ignore
+    found = picture_attention(module, query, key, value, None, is_causal=causal)[0]
+    exact = (tensor.float() for tensor in (query, key, value))
+    wanted = sdpa_attention_forward(module, *exact, None, is_causal=causal)[0]
+    assert found.shape == wanted.shape == (1, 70, 4, 24)
+    assert (found.float() - wanted).abs().max() <= 3e-2

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vlmtune import MultimodalCollator, finetune, load_recipe, training
 from vlmtune.activations import LeanMLP
 from vlmtune.batching import usable_rows
+from vlmtune.families import Family
 from vlmtune.model import last_mlp, load_model
 from vlmtune.proof import ends_apart
 from vlmtune.result import Run
@@ -40,6 +41,13 @@ def tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(LeanMLP, "forward", look)
     monkeypatch.setattr(training, "ends_apart", marked)
     return seen
+
+
+def loaded(recipe: dict[str, Any]) -> tuple[Any, Family, dict[str, Tensor]]:
+    """A model, its family and a batch of one row."""
+    checked = load_recipe(recipe)
+    model, processor, family = load_model(checked)
+    return model, family, MultimodalCollator(processor, family)([usable_rows(checked, 0, check_images=False).train[0]])
 
 
 def history(run: Run) -> list[dict[str, float]]:
@@ -107,10 +115,7 @@ def test_a_step_that_fails_leaves_the_model_whole(recipe: MakeRecipe, tokens: li
 
 @pytest.mark.parametrize("kind", EVERY)
 def test_behind_the_last_mlp_no_token_hears_of_another_and_behind_the_first_they_do(recipe: MakeRecipe, kind: str) -> None:
-    checked = load_recipe(recipe(kind))
-    model, processor, family = load_model(checked)
-    collator = MultimodalCollator(processor, family)
-    row = usable_rows(checked, 0, check_images=False).train[0]
+    model, family, batch = loaded(recipe(kind))
     first = next(
         module
         for name, module in model.get_base_model().base_model.named_modules()
@@ -118,17 +123,14 @@ def test_behind_the_last_mlp_no_token_hears_of_another_and_behind_the_first_they
     )
     last = last_mlp(model, family)
     assert last is not None
-    assert ends_apart(model, collator, row, last)
-    assert not ends_apart(model, collator, row, first)
+    assert ends_apart(model, family, batch, last)
+    assert not ends_apart(model, family, batch, first)
 
 
 def test_a_module_that_is_not_run_or_has_other_results_does_not_count(recipe: MakeRecipe) -> None:
-    checked = load_recipe(recipe())
-    model, processor, family = load_model(checked)
-    collator = MultimodalCollator(processor, family)
-    row = usable_rows(checked, 0, check_images=False).train[0]
-    assert not ends_apart(model, collator, row, nn.Linear(2, 2))
-    assert not ends_apart(model, collator, row, model.get_base_model().base_model)
+    model, family, batch = loaded(recipe())
+    assert not ends_apart(model, family, batch, nn.Linear(2, 2))
+    assert not ends_apart(model, family, batch, model.get_base_model().base_model)
 
 
 def test_a_model_without_a_known_mlp_is_trained_whole(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,3 +138,19 @@ def test_a_model_without_a_known_mlp_is_trained_whole(recipe: MakeRecipe, monkey
     run = finetune(recipe())
     assert last_mlp(run.model, run.family) is None
     assert run.metrics["steps"] == 2
+
+
+def test_beside_a_collator_of_ones_own_it_is_whole_and_nothing_is_tried_out(recipe: MakeRecipe, tokens: list[int]) -> None:
+    """Rows that only the caller's collator can read are no business of vlmtune's."""
+    checked = load_recipe(recipe())
+    _, processor, family = load_model(checked)
+    theirs = MultimodalCollator(processor, family)
+    asked: list[int] = []
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        asked.append(len(rows))
+        return theirs(rows)
+
+    finetune(checked, collator=collate)
+    assert set(asked) == {4}
+    assert tokens == []  # no MLP was marked as the last

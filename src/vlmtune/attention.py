@@ -140,7 +140,8 @@ def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kernel: Kernel, options: dict[str, Any]
 ) -> Tensor:
     """`[batch, seq, heads, head_dim]`."""
-    causal = mask is None and options.get("is_causal") is not False and getattr(module, "is_causal", True)
+    asked = options.get("is_causal")
+    causal: bool = mask is None and (getattr(module, "is_causal", True) if asked is None else asked)
     size = (query.shape[2], key.shape[2])
     known = size[0] == size[1] if causal else mask is None or (mask.ndim == 4 and mask.shape[2:] == size)
     if kernel != "written out" or size[0] == 1 or not known or not _has_room(query, key):
@@ -180,7 +181,8 @@ def _written_out(
         if mask is not None:
             every = _with_mask(hidden, mask[:, :, start:stop], batch, heads).view(every.shape)
         scores = torch.baddbmm(every, asked, keys[:, :seen].transpose(1, 2), alpha=scaling or width**-0.5)
-        outputs.append(torch.bmm(torch.softmax(scores, -1), values[:, :seen]).reshape(batch, heads, stop - start, width))
+        found = torch.bmm(torch.softmax(scores, -1), values[:, :seen])
+        outputs.append(found.reshape(batch, heads, stop - start, value.shape[-1]))
     return torch.cat(outputs, dim=2)[:, :, :tokens].transpose(1, 2)
 
 

@@ -70,41 +70,37 @@ def features_fault(
     return "features in place of pixels change what the model sees" if _differ(model, kept, plain) else None
 
 
-def ends_apart(model: PeftModel, collator: MultimodalCollator, row: Row, mlp: nn.Module) -> bool:
+def ends_apart(model: PeftModel, family: Family, batch: Mapping[str, Any], mlp: nn.Module) -> bool:
     """Whether behind this MLP no token hears of another, so that it is needed only where a token is trained on.
 
     Args:
         model: on its device.
-        collator: makes a batch of the row.
-        row: on which it is tried out: the first half of its tokens are given two different results of the MLP.
+        family: knows how a batch goes into the model.
+        batch: of one row. The first half of its tokens are given two different results of the MLP.
         mlp: of the model.
 
     """
-    batch = collator([row])
     half = batch["input_ids"].shape[1] // 2
-    found: list[Tensor] = []
-    for value in (0.0, 1.0):
 
-        def disturb(module: nn.Module, args: Any, output: Tensor, value: float = value) -> Tensor:
-            output[:, :half] = value
+    def states(result: float) -> Tensor:
+        def replace(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            output[:, :half] = result
             return output
 
-        hook = mlp.register_forward_hook(disturb)
+        hook = mlp.register_forward_hook(replace)
         try:
-            with evaluating(model):
-                found.append(_hidden(model, collator.family, batch))
-        except torch.OutOfMemoryError:
-            raise
-        except CANNOT:
-            return False
+            return _hidden(model, family, batch)
         finally:
             hook.remove()
-    before, behind = (_difference(one, other) for one, other in zip(*(_halves(each, half) for each in found), strict=True))
-    return before > EXACT >= behind
 
-
-def _halves(states: Tensor, half: int) -> tuple[Tensor, Tensor]:
-    return states[:, :half], states[:, half:]
+    try:
+        with evaluating(model):
+            zeros, ones = states(0.0), states(1.0)
+    except torch.OutOfMemoryError:
+        raise
+    except CANNOT:
+        return False
+    return _difference(zeros[:, :half], ones[:, :half]) > EXACT >= _difference(zeros[:, half:], ones[:, half:])
 
 
 def _hidden(model: PeftModel, family: Family, batch: Mapping[str, Any]) -> Tensor:

@@ -19,6 +19,7 @@ from peft import PeftConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 from transformers.integrations import TensorBoardCallback
@@ -94,6 +95,7 @@ def finetune(
     own = _own(family, collator)
     with _memory_errors(checked, plan, own, lambda: "before training, with one to eight pictures or two rows at once"):
         split, batches, cache = _prepared(checked, config, model, split, prompter, collator)
+        last = _last_mlp(model, found, batches, split)
         examined: float | None = None  # seconds
         if checked.doctor and collator is None:
             started = time.perf_counter()
@@ -102,7 +104,7 @@ def finetune(
     with disk_errors(output_dir):
         if is_main_process():
             output_dir.mkdir(parents=True, exist_ok=True)
-        trainer = _trainer(checked, config, model, split, prompter, batches)
+        trainer = _trainer(checked, config, model, split, prompter, batches, last)
         if is_main_process():  # what lies there goes only now that nothing is left to be refused
             _open_output(checked, afresh=overwrite and not resume)
             for callback in _board(checked, split, prompter):
@@ -230,8 +232,22 @@ def _open_output(recipe: Recipe, *, afresh: bool) -> None:
     (recipe.output_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
 
 
+def _last_mlp(model: PeftModel, family: Family, batches: Batching, split: Split) -> nn.Module | None:
+    """The last layer's MLP where it may be left out of untrained positions; tried out on a row, as packing and features are."""
+    last = last_mlp(model, family)
+    if last is None or batches.plan is None:  # beside a collator of one's own nothing is tried out
+        return None
+    return last if ends_apart(model, family, batches.padded([split.train[0]]), last) else None
+
+
 def _trainer(
-    recipe: Recipe, config: SFTConfig, model: Any, split: Split, prompter: MultimodalCollator, batches: Batching
+    recipe: Recipe,
+    config: SFTConfig,
+    model: Any,
+    split: Split,
+    prompter: MultimodalCollator,
+    batches: Batching,
+    last: nn.Module | None,
 ) -> Trainer:
     if batches.plan is not None:
         config.gradient_accumulation_steps = batches.plan.micro_batches
@@ -239,7 +255,6 @@ def _trainer(
     if every != 0:
         use_checkpointing(model, every)
     patience = recipe.eval.early_stop_patience
-    last = last_mlp(model, prompter.family)
     try:
         trainer = Trainer(
             model=model,
@@ -248,7 +263,7 @@ def _trainer(
             plan=batches.plan,
             data_collator=batches.collator,  # pyright: ignore[reportArgumentType]
             eval_collator=batches.padded,
-            last_mlp=last if last is not None and ends_apart(model, prompter, split.train[0], last) else None,
+            last_mlp=last,
             train_dataset=_dataset(split.train),
             eval_dataset=_dataset(split.held_out) if split.held_out is not None else None,
             processing_class=prompter.processor,
