@@ -36,10 +36,6 @@ from probe import Job  # noqa: E402
 # for all contenders: glibc keeps freed memory for the next tensor, where it would give it back and have it zeroed again
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 
-# bytes that are touched before each run: a virtual machine whose guest was idle has given memory back to its host, and who runs
-# next would wait for it, two seconds a GiB
-TOUCHED = 5 * 2**29
-
 console = Console(width=None if sys.stdout.isatty() else 160)
 
 
@@ -205,7 +201,6 @@ def run(job: Job, contender: Contender, python: str, threads: int) -> dict[str, 
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_DISABLED": "true", "DISABLE_VERSION_CHECK": "1"}
     own = {"OMP_NUM_THREADS": str(threads), "HF_DATASETS_CACHE": str(work / "cache")}
     environment = {**os.environ, **ALLOCATOR, **offline, **own}
-    subprocess.run([sys.executable, "-c", f"b'1' * {TOUCHED}"], check=True)
     started = time.perf_counter()
     with (work / "log.txt").open("w", encoding="utf-8") as log:
         command = [python, str(HERE / "contenders" / contender.script), str(work / "job.json")]
