@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from vlmtune.attention import packed_attention, picture_attention, sdpa_attention_forward
+from vlmtune.attention import packed_attention, plain_attention, sdpa_attention_forward
 
 HEADS = {"Qwen2-VL-7B": (28, 4, 128), "Llama-3.2-11B-Vision": (32, 8, 128), "an eighth of Qwen2-VL-7B": (7, 1, 64)}
 LENGTHS = (128, 256, 512, 1024)
@@ -86,7 +86,7 @@ def measured_in_tower(pictures: int, heads: int, patches: int, width: int, *, ma
     options = {"scaling": width**-0.5, "is_causal": False}
     return medians(
         lambda: sdpa_attention_forward(layer, query, key, value, mask, **options),
-        lambda: picture_attention(layer, query, key, value, mask, **options),
+        lambda: plain_attention(layer, query, key, value, mask, **options),
     )
 
 

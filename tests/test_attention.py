@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from vlmtune.attention import GRAIN, SHORT, packed_attention, picture_attention
+from vlmtune.attention import AT_ONCE, BLOCK, GRAIN, SHORT, packed_attention, plain_attention
 
 ROWS = (5, 300, 1, 64, 900)  # written out in blocks, and longer than is written out
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -163,7 +163,7 @@ def test_pictures_in_bfloat16_get_what_they_get_in_float32(
     wanted = sdpa_attention_forward(layer(causal=False), query, key, value, mask, scaling=0.25, is_causal=False)[0]
     half = mask.bfloat16() if mask is not None and mask.dtype != torch.bool else mask
     rounded = (tensor.bfloat16() for tensor in (query, key, value))
-    found = picture_attention(layer(causal=False), *rounded, half, scaling=0.25, is_causal=False)[0]
+    found = plain_attention(layer(causal=False), *rounded, half, scaling=0.25, is_causal=False)[0]
     assert (found.float() - wanted).abs().max() <= 3e-2
 
 
@@ -171,12 +171,12 @@ def test_a_patch_that_sees_nothing_gets_some_result() -> None:
     query, key, value = (tensor.detach() for tensor in tensors(70, torch.bfloat16, "cpu"))
     mask = torch.ones(1, 1, 70, 70, dtype=torch.bool)
     mask[:, :, 3] = False
-    assert picture_attention(layer(causal=False), query, key, value, mask)[0].isfinite().all()
+    assert plain_attention(layer(causal=False), query, key, value, mask)[0].isfinite().all()
 
 
 def is_written_out(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **options: object) -> bool:
     with profile(activities=[ProfilerActivity.CPU]) as recorder:
-        picture_attention(layer(causal=False), query, key, value, mask, **options)  # pyright: ignore
+        plain_attention(layer(causal=False), query, key, value, mask, **options)  # pyright: ignore
     return any(event.key == "aten::baddbmm" for event in recorder.key_averages())
 
 
@@ -192,11 +192,20 @@ def test_pictures_are_written_out_on_a_cpu_in_16_bit_where_there_is_room_or_noth
     assert not is_written_out(*frozen, **none, position_bias=torch.zeros(1, 4, SHORT + 1, SHORT + 1))
     assert not is_written_out(*frozen, torch.zeros(4, SHORT + 1, SHORT + 1, dtype=torch.bfloat16))
     assert not is_written_out(frozen[0][:, :, :1], *frozen[1:], **none)
+    assert not is_written_out(*frozen[:2], long[2], **none)  # a value that is trained has the scores kept as well
+
+
+def test_many_rows_whose_scores_would_fill_the_memory_go_through_the_kernel() -> None:
+    rows = AT_ONCE // (4 * BLOCK * (SHORT + 1))
+    one = [tensor.detach() for tensor in tensors(SHORT + 1, torch.bfloat16, "cpu")]
+    few, many = ([tensor.expand(count, -1, -1, -1) for tensor in one] for count in (2, rows + 1))
+    assert is_written_out(*few, is_causal=False)
+    assert not is_written_out(*many, is_causal=False)
 
 
 def test_padded_rows_that_look_back_only_are_written_out_too() -> None:
     query, key, value = tensors(300, torch.bfloat16, "cpu")
-    found = picture_attention(layer(), query, key, value, None, scaling=0.25)[0]
+    found = plain_attention(layer(), query, key, value, None, scaling=0.25)[0]
     wanted = sdpa_attention_forward(layer(), *(tensor.float() for tensor in (query, key, value)), None, scaling=0.25)[0]
     assert (found.float() - wanted).abs().max() <= 3e-2
     assert is_written_out(query, key, value)
@@ -208,7 +217,7 @@ def test_the_caller_says_whether_it_looks_back_only_and_values_may_have_another_
     value = torch.randn(1, 2, 70, 24).bfloat16()
     module = layer()
     module.is_causal = not causal  # pyright: ignore
-    found = picture_attention(module, query, key, value, None, is_causal=causal)[0]
+    found = plain_attention(module, query, key, value, None, is_causal=causal)[0]
     exact = (tensor.float() for tensor in (query, key, value))
     wanted = sdpa_attention_forward(module, *exact, None, is_causal=causal)[0]
     assert found.shape == wanted.shape == (1, 70, 4, 24)

@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import KINDS
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Cohere2Config, PreTrainedConfig, Qwen2MoeConfig
 
 from vlmtune import MultimodalCollator, finetune, load_recipe, training
-from vlmtune.activations import LeanMLP
+from vlmtune.activations import LeanMLP, keep_less
 from vlmtune.batching import usable_rows
 from vlmtune.families import Family
+from vlmtune.families.text import FAMILY
 from vlmtune.model import last_mlp, load_model
 from vlmtune.proof import ends_apart
 from vlmtune.result import Run
@@ -125,6 +128,55 @@ def test_behind_the_last_mlp_no_token_hears_of_another_and_behind_the_first_they
     assert last is not None
     assert ends_apart(model, family, batch, last)
     assert not ends_apart(model, family, batch, first)
+
+
+def of_text(config: PreTrainedConfig) -> tuple[PeftModel, dict[str, Tensor]]:
+    """A language model, and a batch of one row."""
+    base = AutoModelForCausalLM.from_config(config)
+    keep_less(base)
+    ids = torch.arange(3, 15)[None]
+    return get_peft_model(base, LoraConfig(target_modules=["q_proj"])), {
+        "input_ids": ids,
+        "attention_mask": ids.new_ones(ids.shape),
+    }
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+}
+
+
+def test_a_norm_that_subtracts_the_mean_hides_nothing() -> None:
+    model, batch = of_text(Cohere2Config(**SMALL))
+    last = last_mlp(model, FAMILY)
+    assert last is not None
+    assert ends_apart(model, FAMILY, batch, last)
+    assert not ends_apart(model, FAMILY, batch, next(each for each in model.modules() if isinstance(each, LeanMLP)))
+
+
+def test_an_expert_is_not_the_last_mlp() -> None:
+    """It sees tokens of all rows below each other, or some of them."""
+    sizes = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 2, "num_experts_per_tok": 1}
+    model, _ = of_text(Qwen2MoeConfig(**SMALL, **sizes))
+    assert any(isinstance(module, LeanMLP) for module in model.modules())
+    assert last_mlp(model, FAMILY) is None
+
+
+def test_in_16_bit_and_filled_up_a_run_learns_the_same(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[list[float]] = []
+    for whole in (False, True):
+        if whole:
+            monkeypatch.setattr(training, "ends_apart", lambda *_: False)
+        run = finetune(recipe(**{"train.bf16": True, "model.dtype": "bfloat16"}), overwrite=True)
+        found.append([entry["loss"] for entry in run.history if "loss" in entry])
+    assert run.model.dtype == torch.bfloat16
+    assert found[0] == pytest.approx(found[1], rel=1e-2)
 
 
 def test_a_module_that_is_not_run_or_has_other_results_does_not_count(recipe: MakeRecipe) -> None:

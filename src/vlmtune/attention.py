@@ -25,6 +25,7 @@ IMPLEMENTATION = "vlmtune"
 OF_PICTURES = "vlmtune_pictures"
 SHORT = 768  # tokens of a row whose scores, 768 × 768 of each head, a CPU has room for: 33 MB in a layer of 28 heads
 BLOCK = 256  # tokens whose scores fit its cache
+AT_ONCE = 2**26  # scores of a block that nothing is kept of: 128 MiB
 GRAIN = 64  # rows are filled up to a multiple of so many tokens: see `batch.fill_up`
 SPECIAL = ("dropout", "softcap", "s_aux", "position_bias", "cache")  # options that only transformers' own functions know
 Sight: TypeAlias = tuple[int, Sequence[tuple[int, int]]]  # so many tokens see the tiles from the one to the other
@@ -80,7 +81,7 @@ def packed_attention(
 
     """
     if segments is None:
-        return picture_attention(module, query, key, value, attention_mask, kernel=kernel, **options)
+        return plain_attention(module, query, key, value, attention_mask, kernel=kernel, **options)
     looks = None if getattr(module, "is_causal", False) else sights  # which stand in the place of a mask
     plain = (looks is not None or attention_mask is None) and not _is_special(options)
     chosen = kernel(query) if plain else "sdpa"
@@ -99,7 +100,7 @@ def packed_attention(
     return torch.cat(outputs, dim=1), None
 
 
-def picture_attention(
+def plain_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -107,9 +108,6 @@ def picture_attention(
     attention_mask: Tensor | None,
     *,
     kernel: Callable[[Tensor], Kernel] = kernel_for,
-    segments: Any = None,
-    sights: Any = None,
-    tiles: Any = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention of patches, or of padded rows: transformers' SDPA, or on a CPU what is faster.
@@ -121,7 +119,6 @@ def picture_attention(
         value: like `key`.
         attention_mask: `[batch, 1 or heads, seq, keys]`, true where seen or to be added to scores.
         kernel: what to compute it with.
-        segments, sights, tiles: of the text that the pictures are in, which a model hands to all its parts.
         options: `dropout`, `scaling` and what else transformers passes on.
 
     Returns:
@@ -144,14 +141,17 @@ def _attend(
     causal: bool = mask is None and (getattr(module, "is_causal", True) if asked is None else asked)
     size = (query.shape[2], key.shape[2])
     known = size[0] == size[1] if causal else mask is None or (mask.ndim == 4 and mask.shape[2:] == size)
-    if kernel != "written out" or size[0] == 1 or not known or not _has_room(query, key):
+    if kernel != "written out" or size[0] == 1 or not known or not _has_room(query, key, value):
         return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
     return _written_out(query, key, value, mask, causal=causal, scaling=options.get("scaling"))
 
 
-def _has_room(query: Tensor, key: Tensor) -> bool:
-    """Whether the scores may be kept for the backward pass. Where there is none, they are gone block by block."""
-    return not query.requires_grad or (query.shape[2] + -query.shape[2] % GRAIN) * key.shape[2] <= SHORT**2
+def _has_room(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether a row's scores may be kept for the backward pass. Where there is none, they are gone block by block."""
+    batch, heads, tokens, _ = query.shape
+    if any(tensor.requires_grad for tensor in (query, key, value)):
+        return (tokens + -tokens % GRAIN) * key.shape[2] <= SHORT**2
+    return batch * heads * min(tokens, BLOCK) * key.shape[2] <= AT_ONCE
 
 
 def _written_out(
@@ -171,16 +171,17 @@ def _written_out(
     for start, block in zip(range(0, length, BLOCK), query.split(BLOCK, dim=2), strict=True):
         stop = start + block.shape[2]
         seen = stop if causal else key.shape[2]
-        hidden = query.new_zeros(stop - start, seen)
+        added = query.new_zeros(stop - start, seen)  # to the scores
         if causal:
-            hidden.fill_(float("-inf")).triu_(start + 1)
+            added.fill_(float("-inf")).triu_(start + 1)
         else:
-            hidden[:, there:] = float("-inf")
+            added[:, there:] = float("-inf")
         asked = block.reshape(groups, -1, width)  # [groups, shared * block, width]
-        every = hidden.repeat(shared, 1).expand(groups, -1, -1)
-        if mask is not None:
-            every = _with_mask(hidden, mask[:, :, start:stop], batch, heads).view(every.shape)
-        scores = torch.baddbmm(every, asked, keys[:, :seen].transpose(1, 2), alpha=scaling or width**-0.5)
+        if mask is None:
+            added = added.repeat(shared, 1).expand(groups, -1, -1)
+        else:
+            added = _with_mask(added, mask[:, :, start:stop], batch, heads).view(groups, -1, seen)
+        scores = torch.baddbmm(added, asked, keys[:, :seen].transpose(1, 2), alpha=scaling or width**-0.5)
         found = torch.bmm(torch.softmax(scores, -1), values[:, :seen])
         outputs.append(found.reshape(batch, heads, stop - start, value.shape[-1]))
     return torch.cat(outputs, dim=2)[:, :, :tokens].transpose(1, 2)
@@ -192,11 +193,11 @@ def _filled(tensor: Tensor) -> Tensor:
     return nn.functional.pad(tensor, (0, 0, 0, extra)) if extra else tensor
 
 
-def _with_mask(hidden: Tensor, mask: Tensor, batch: int, heads: int) -> Tensor:
+def _with_mask(added: Tensor, mask: Tensor, batch: int, heads: int) -> Tensor:
     """`[batch, heads, block, seq]`: what is added to scores. A row that sees nothing is to have some result, not NaN."""
     if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
-    every = hidden.repeat(batch, heads, 1, 1)
+        mask = torch.zeros_like(mask, dtype=added.dtype).masked_fill(~mask, torch.finfo(added.dtype).min)
+    every = added.repeat(batch, heads, 1, 1)
     every[:, :, : mask.shape[2], : mask.shape[3]] = mask
     return every
 
@@ -240,7 +241,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest:
 
 def register(kernel: Callable[[Tensor], Kernel] | None = None) -> None:
     """Makes both known to transformers, or with another device's way to tell which kernel a tensor goes through."""
-    for name, function in ((IMPLEMENTATION, packed_attention), (OF_PICTURES, picture_attention)):
+    for name, function in ((IMPLEMENTATION, packed_attention), (OF_PICTURES, plain_attention)):
         AttentionInterface.register(name, partial(function, kernel=kernel) if kernel is not None else function)
 
 

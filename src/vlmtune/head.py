@@ -41,7 +41,7 @@ class Head:
             last_mlp.register_forward_hook(self._put_back)
         self._trained: Tensor | None = None  # positions in the batch, flattened; None leaves all
         self._extra = 0  # zeros behind them
-        self._shape = torch.Size()  # of the states that they were taken from
+        self._shape = torch.Size()  # of the states that the last MLP's were taken from
         self._stays = False  # chosen, until a step is over
         self._targets: Tensor | None = None  # [trained]; None leaves logits as they are
         self._entropy = self._is_top1 = torch.empty(0)
@@ -101,20 +101,20 @@ class Head:
         return output
 
     def _take_trained(self, module: nn.Module, args: Any) -> Any:
-        if torch.compiler.is_compiling() or self._trained is None:
+        if self._trained is None:
             return args
+        self._shape = args[0].shape
         return (self._chosen(args[0], self._trained),)
 
     def _put_back(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """Zeros elsewhere, which the residual is added to and nobody reads."""
-        if torch.compiler.is_compiling() or self._trained is None:
+        if self._trained is None:
             return output
         everywhere = output.new_zeros(self._shape).flatten(0, 1)
-        return everywhere.index_copy(0, self._trained, output[0, : len(self._trained)]).view(self._shape)
+        return everywhere.index_copy_(0, self._trained, output[0, : len(self._trained)]).view(self._shape)
 
     def _chosen(self, states: Tensor, trained: Tensor) -> Tensor:
         """`[batch, seq, hidden]` → `[1, trained, hidden]`."""
-        self._shape = states.shape
         chosen = states.flatten(0, 1).index_select(0, trained)[None]
         return nn.functional.pad(chosen, (0, 0, 0, self._extra)) if self._extra else chosen
 

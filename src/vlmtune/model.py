@@ -34,6 +34,7 @@ from transformers import (
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
@@ -528,12 +529,14 @@ def attend_by_row(model: PeftModel) -> None:
 
 
 def last_mlp(model: PeftModel, family: Family) -> LeanMLP | None:
-    """The language model's last, by the order of its modules, where it is one that is known."""
+    """That of the language model's last layer, where it is one that is known; experts of a mixture are not."""
     core: Any = model.get_base_model().base_model
-    found = [
-        module for name, module in core.named_modules() if isinstance(module, LeanMLP) and not family.sees.match(f"{name}.")
+    layers = [
+        module
+        for name, module in core.named_modules()
+        if isinstance(module, GradientCheckpointingLayer) and not family.sees.match(f"{name}.")
     ]
-    return found[-1] if found else None
+    return next((part for part in layers[-1].children() if isinstance(part, LeanMLP)), None) if layers else None
 
 
 def kept_apart(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -76,18 +76,19 @@ def ends_apart(model: PeftModel, family: Family, batch: Mapping[str, Any], mlp: 
     Args:
         model: on its device.
         family: knows how a batch goes into the model.
-        batch: of one row. The first half of its tokens are given two different results of the MLP.
+        batch: of one row. The MLP's results of the first half of its tokens are turned into their opposite.
         mlp: of the model.
 
     """
-    half = batch["input_ids"].shape[1] // 2
+    length = int(batch["attention_mask"].sum())
+    half = length // 2
 
-    def states(result: float) -> Tensor:
-        def replace(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            output[:, :half] = result
+    def states(sign: int) -> Tensor:
+        def turn(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            output[:, :half] *= sign
             return output
 
-        hook = mlp.register_forward_hook(replace)
+        hook = mlp.register_forward_hook(turn)
         try:
             return _hidden(model, family, batch)
         finally:
@@ -95,12 +96,13 @@ def ends_apart(model: PeftModel, family: Family, batch: Mapping[str, Any], mlp: 
 
     try:
         with evaluating(model):
-            zeros, ones = states(0.0), states(1.0)
+            plain, turned = states(1), states(-1)
     except torch.OutOfMemoryError:
         raise
     except CANNOT:
         return False
-    return _difference(zeros[:, :half], ones[:, :half]) > EXACT >= _difference(zeros[:, half:], ones[:, half:])
+    there, behind = slice(half), slice(half, length)
+    return _difference(plain[:, there], turned[:, there]) > EXACT >= _difference(plain[:, behind], turned[:, behind])
 
 
 def _hidden(model: PeftModel, family: Family, batch: Mapping[str, Any]) -> Tensor:

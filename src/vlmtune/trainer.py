@@ -70,7 +70,8 @@ class Trainer(SFTTrainer):
         # the loss is divided by all trained tokens of a step, whatever the model's own forward does with their number:
         # else it would depend on how rows fall into micro-batches (`accepts_loss_kwargs`, transformers' modeling files)
         self.model_accepts_loss_kwargs = True
-        self._head = Head(cast("PeftModel", self.model), last_mlp)
+        # compiled, the last MLP stays whole: there would be a program for each number of trained tokens
+        self._head = Head(cast("PeftModel", self.model), None if self.args.torch_compile else last_mlp)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
