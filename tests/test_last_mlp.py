@@ -179,6 +179,15 @@ def test_in_16_bit_and_filled_up_a_run_learns_the_same(recipe: MakeRecipe, monke
     assert found[0] == pytest.approx(found[1], rel=1e-2)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_compiled_model_is_trained_whole(recipe: MakeRecipe, compiled: bool) -> None:
+    backend = {"train.torch_compile": True, "train.torch_compile_backend": "eager"}
+    run = finetune(recipe("text", **(backend if compiled else {})))
+    last = last_mlp(run.model, run.family)
+    assert last is not None
+    assert bool(last._forward_hooks) is not compiled
+
+
 def test_a_module_that_is_not_run_or_has_other_results_does_not_count(recipe: MakeRecipe) -> None:
     model, family, batch = loaded(recipe())
     assert not ends_apart(model, family, batch, nn.Linear(2, 2))
