@@ -24,6 +24,15 @@ from vlmtune.result import Run
 MakeRecipe = Callable[..., dict[str, Any]]
 EVERY = (*KINDS, "qwen2_5_vl", "smolvlm", "text")
 MEASURED = ("loss", "grad_norm", "mean_token_accuracy", "entropy", "num_tokens", "eval_loss")
+SMALL: dict[str, Any] = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+}
 
 
 @pytest.fixture
@@ -51,6 +60,15 @@ def loaded(recipe: dict[str, Any]) -> tuple[Any, Family, dict[str, Tensor]]:
     checked = load_recipe(recipe)
     model, processor, family = load_model(checked)
     return model, family, MultimodalCollator(processor, family)([usable_rows(checked, 0, check_images=False).train[0]])
+
+
+def of_text(config: PreTrainedConfig) -> tuple[PeftModel, dict[str, Tensor]]:
+    """A language model and a batch of one row."""
+    base = AutoModelForCausalLM.from_config(config)
+    keep_less(base)
+    ids = torch.arange(3, 15)[None]
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return get_peft_model(base, LoraConfig(target_modules=["q_proj"])), batch
 
 
 def history(run: Run) -> list[dict[str, float]]:
@@ -128,28 +146,6 @@ def test_behind_the_last_mlp_no_token_hears_of_another_and_behind_the_first_they
     assert last is not None
     assert ends_apart(model, family, batch, last)
     assert not ends_apart(model, family, batch, first)
-
-
-def of_text(config: PreTrainedConfig) -> tuple[PeftModel, dict[str, Tensor]]:
-    """A language model, and a batch of one row."""
-    base = AutoModelForCausalLM.from_config(config)
-    keep_less(base)
-    ids = torch.arange(3, 15)[None]
-    return get_peft_model(base, LoraConfig(target_modules=["q_proj"])), {
-        "input_ids": ids,
-        "attention_mask": ids.new_ones(ids.shape),
-    }
-
-
-SMALL: dict[str, Any] = {
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "pad_token_id": 0,
-}
 
 
 def test_a_norm_that_subtracts_the_mean_hides_nothing() -> None:
