@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -170,13 +171,16 @@ def reference_row(family: str, *, small: bool, everything: bool) -> tuple[Sizes,
 def useful_flops(family: str, rows: Sequence[Mapping[str, int]], *, epochs: int, labels: str) -> float:
     """The work that a run on the small model cannot do without: the tower once per picture, the rest once per epoch.
 
-    Of the last layer's MLP, as of the head, the positions with a label: no token hears of another behind it.
+    Of the last layer's MLP, as of the head, the positions with a label: no token hears of another behind it. What a row begins
+    with like the one before is no work of its own.
     """
     sizes, total = SMALL[family], 0.0
     for row in rows:
-        work = flops(sizes, Row(row["tokens"], row["patches"], row[labels]))
-        idle = 4 * sizes.language.mlp_parameters * (row["tokens"] - row[labels])
-        total += work["vision"] + epochs * (work["language"] - idle + work["head"])
+        work, shared = flops(sizes, Row(row["tokens"], row["patches"], row[labels])), row["shared"]
+        alike = flops(sizes, Row(shared, 0, 0))["language"]
+        own = row[labels] - (shared if labels == "all" else 0)
+        idle = 4 * sizes.language.mlp_parameters * (row["tokens"] - shared - own)
+        total += work["vision"] + epochs * (work["language"] - alike - idle + work["head"])
     return total
 
 
@@ -380,20 +384,29 @@ def _pixtral(sizes: Sizes, tokenizer: Any) -> Any:
 
 
 def count_rows(family: str, checkpoint: Path, rows: Path) -> list[dict[str, int]]:
-    """Of every row `tokens`, `patches` and the positions with a label under each rule, `all` and `answers`."""
+    """Of every row `tokens`, `patches`, and the positions with a label under each rule, `all` and `answers`.
+
+    `shared` are the first tokens, those before a picture, in which it is like the row before. Mllama has none: all its tokens
+    see the picture.
+    """
     from transformers import AutoProcessor
 
     from vlmtune import MultimodalCollator
 
     processor = AutoProcessor.from_pretrained(checkpoint)
     counts: list[dict[str, int]] = []
+    before: list[int] = []
     collators = {"all": MultimodalCollator(processor, family, True), "answers": MultimodalCollator(processor, family, False)}
     for line in rows.read_text(encoding="utf-8").splitlines():
         row = {"messages": _with_parts(json.loads(line), rows.parent)}
         batches = {rule: collator([row]) for rule, collator in collators.items()}
         trained = {rule: int((batch["labels"][:, 1:] != -100).sum()) for rule, batch in batches.items()}
         batch = batches["all"]
-        counts.append({"tokens": batch["input_ids"].shape[1], "patches": _patches(family, batch), **trained})
+        text = takewhile(lambda token: token not in collators["all"].never_trained, batch["input_ids"][0].tolist())
+        before, last = [] if family == "mllama" else list(text), before
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, last, strict=False)))
+        sizes = {"tokens": batch["input_ids"].shape[1], "patches": _patches(family, batch)}
+        counts.append({**sizes, **trained, "shared": shared})
     return counts
 
 

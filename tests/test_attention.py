@@ -167,6 +167,23 @@ def test_pictures_in_bfloat16_get_what_they_get_in_float32(
     assert (found.float() - wanted).abs().max() <= 3e-2
 
 
+@pytest.mark.parametrize("hidden", [torch.finfo(torch.bfloat16).min, float("-inf")])
+def test_keys_that_no_patch_of_a_block_sees_are_left_out(hidden: float) -> None:
+    """As in Llama-3.2-Vision: tiles that fill a picture up see the others, and not themselves."""
+    real, tokens = torch.tensor([300, 200]), 3 * BLOCK + 100
+    query, key, value = (torch.randn(2, heads, tokens, 16) for heads in (4, 2, 2))
+    filler = (torch.arange(tokens) >= real[:, None])[:, None]  # [batch, 1, tokens]
+    mask = torch.where(filler[..., None] & filler[..., None, :], hidden, 0.0)
+    wanted = sdpa_attention_forward(layer(causal=False), query, key, value, mask, scaling=0.25, is_causal=False)[0]
+    rounded = [tensor.bfloat16() for tensor in (query, key, value)]
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorder:
+        found = plain_attention(layer(causal=False), *rounded, mask.bfloat16(), scaling=0.25, is_causal=False)[0]
+    assert (found.float() - wanted).abs().max() <= 3e-2
+    events = [event for event in recorder.key_averages(group_by_input_shape=True) if event.key == "aten::baddbmm"]
+    widths = sorted(event.input_shapes[2][-1] for event in events for _ in range(event.count))
+    assert widths == [320] * 2 + [tokens + -tokens % GRAIN] * 2  # of four blocks: the first two have patches that see all
+
+
 def test_a_patch_that_sees_nothing_gets_some_result() -> None:
     query, key, value = (tensor.detach() for tensor in tensors(70, torch.bfloat16, "cpu"))
     mask = torch.ones(1, 1, 70, 70, dtype=torch.bool)

@@ -26,7 +26,7 @@ from vlmtune.attention import IMPLEMENTATION
 from vlmtune.collator import PackingCollator
 from vlmtune.console import console
 from vlmtune.families import Family, qwen2_vl
-from vlmtune.model import attend_by_row, kept_apart, load_model, positions_model, use_checkpointing
+from vlmtune.model import attend_by_row, kept_apart, load_model, positions_model, share_prefixes_in, use_checkpointing
 from vlmtune.proof import packing_fault
 from vlmtune.result import Run
 from vlmtune.trainer import Trainer
@@ -84,10 +84,15 @@ class Loaded:
             if "lora_B" in name:  # zeros at birth
                 parameter.data.normal_(std=0.05)
         self.padded = {rule: MultimodalCollator(processor, self.family, train_on_inputs=rule) for rule in (False, True)}
-
-    def pack(self, rows: Sequence[Mapping[str, Any]], *, train_on_inputs: bool = False, multiple: int = 1) -> dict[str, Any]:
         attend_by_row(self.model)
-        return PackingCollator(self.padded[train_on_inputs], positions_model(self.model), multiple)(rows)
+        self.shares = share_prefixes_in(self.model)
+
+    def collator(self, *, train_on_inputs: bool = False, multiple: int = 1) -> PackingCollator:
+        attend_by_row(self.model)
+        return PackingCollator(self.padded[train_on_inputs], positions_model(self.model), multiple, shares=self.shares)
+
+    def pack(self, rows: Sequence[Mapping[str, Any]], **options: Any) -> dict[str, Any]:
+        return self.collator(**options)(rows)
 
     def pad(self, rows: Sequence[Mapping[str, Any]], *, train_on_inputs: bool = False) -> dict[str, Any]:
         self.model.get_base_model().set_attn_implementation("sdpa")  # transformers' own
@@ -122,6 +127,11 @@ def loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
 
 def trained_tokens(labels: Tensor) -> int:
     return int((labels[:, 1:] != -100).sum())
+
+
+def computed_tokens(batch: Mapping[str, Any]) -> int:
+    """That the language model goes over."""
+    return len(batch["unique"]) if "unique" in batch else batch["input_ids"].shape[1]
 
 
 def losses_of_rows(logits: Tensor, batch: Mapping[str, Any]) -> list[float]:
@@ -174,7 +184,7 @@ def test_a_pack_that_is_filled_up_learns_what_it_learns_without(load: Load, kind
     loaded = load(kind, **{"model.dtype": dtype})
     rows = without_pictures(MIXED) if kind == "text" else MIXED
     packed, filled = loaded.pack(rows), loaded.pack(rows, multiple=500)
-    assert filled["input_ids"].shape[1] == 500 > packed["input_ids"].shape[1]
+    assert computed_tokens(filled) == 500 > computed_tokens(packed)
     assert filled["attention_mask"].sum() == packed["attention_mask"].sum()
     wanted = loaded.learn(packed)
     same(loaded.learn(kept_apart(loaded.model, filled)), wanted, rel=1e-5 if dtype == "float32" else 2e-2)
@@ -316,12 +326,10 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", EVERY)
 def test_nothing_is_wrong_with_packs_of_the_families_we_have(load: Load, kind: str) -> None:
     loaded = load(kind)
-    attend_by_row(loaded.model)
     rows = without_pictures(MIXED) if kind == "text" else MIXED
-    positions = positions_model(loaded.model)
     for pair in (rows[:2], rows[1:3], rows[2:], rows[3:] + rows[:1]):
         for multiple in (1, 500):
-            assert packing_fault(loaded.model, PackingCollator(loaded.padded[False], positions, multiple), pair) is None
+            assert packing_fault(loaded.model, loaded.collator(multiple=multiple), pair) is None
 
 
 @pytest.mark.slow  # flex attention is compiled
@@ -464,10 +472,10 @@ def test_a_run_whose_batches_are_filled_up_has_the_losses_and_the_tokens_of_one_
     bucketed: MakeRecipe, batches: list[dict[str, Any]], kind: str, packing: str
 ) -> None:
     plain = finetune(bucketed(kind, name="plain", packing=packing))
-    lengths = [batch["input_ids"].shape[1] for batch in batches]
+    lengths = [computed_tokens(batch) for batch in batches]
     batches.clear()
     filled = finetune(bucketed(kind, name="filled", packing=packing, **{"train.pad_to_multiple_of": 96}))
-    assert [batch["input_ids"].shape[1] for batch in batches] == [-(-length // 96) * 96 for length in lengths] != lengths
+    assert [computed_tokens(batch) for batch in batches] == [-(-length // 96) * 96 for length in lengths] != lengths
     for name in ("loss", "mean_token_accuracy", "entropy"):
         assert figures(filled, name) == pytest.approx(figures(plain, name), rel=1e-5)
     assert figures(filled, "num_tokens") == figures(plain, "num_tokens")
@@ -491,7 +499,7 @@ def test_packs_of_a_cpu_in_bfloat16_and_what_goes_through_the_head_have_few_leng
         scored.clear()
         settings = {"model.dtype": "bfloat16", "train.pad_to_multiple_of": multiple, "data.eval_rows": 2}
         runs.append(finetune(bucketed("qwen2_vl", name=str(multiple), **settings, **{"train.logging_steps": 4})))
-        lengths = [batch["input_ids"].shape[1] for batch in batches] + scored
+        lengths = [computed_tokens(batch) for batch in batches] + scored
         assert all(length % 128 == 0 for length in lengths) == (multiple is None)
     counts = [[value for entry in run.history for name, value in entry.items() if "num_tokens" in name] for run in runs]
     assert counts[0] == counts[1]

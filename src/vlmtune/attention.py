@@ -55,8 +55,12 @@ def packed_attention(
     segments: Sequence[int] | None = None,
     sights: Sequence[Sight] | None = None,
     tiles: int = 0,
+    inverse: Tensor | None = None,
+    computed: Sequence[int] | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
     max_length_q: int = 0,
+    max_length_k: int = 0,
     kernel: Callable[[Tensor], Kernel] = kernel_for,
     **options: Any,
 ) -> tuple[Tensor, None]:
@@ -71,8 +75,12 @@ def packed_attention(
         segments: the rows' lengths, which sum up to seq; None where the batch is not packed.
         sights: of cross-attention, which tokens see which tiles; together they are all tokens.
         tiles: of all pictures in the pack.
-        cu_seq_lens_q: `[rows + 1]`, int32, the rows' borders, for kernels that take them.
-        max_length_q: the longest row.
+        inverse: `[keys]`, where rows begin alike: which of the seq tokens each of the rows' tokens is (`prefixes`).
+        computed: how many of each row's last tokens are among the seq; in place of `segments`, which sum up to keys.
+        cu_seq_lens_q: `[rows + 1]`, int32, the rows' borders among the queries, for kernels that take them.
+        cu_seq_lens_k: the same among the keys.
+        max_length_q: most queries of a row.
+        max_length_k: most keys.
         kernel: what to compute self-attention with.
         options: `dropout`, `scaling` and what else transformers passes on.
 
@@ -87,17 +95,26 @@ def packed_attention(
     chosen = kernel(query) if plain else "sdpa"
     if looks is not None:
         return _look(module, query, key, value, looks, key.shape[2] // max(tiles, 1), chosen, options), None
+    if inverse is not None:
+        key, value = (_repeated(tensor, inverse) for tensor in (key, value))
     if chosen == "varlen":
         assert cu_seq_lens_q is not None
-        return _varlen(query, key, value, cu_seq_lens_q, max_length_q, options), None
+        assert cu_seq_lens_k is not None
+        return _varlen(query, key, value, (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k), options), None
     outputs: list[Tensor] = []
     start = 0
-    for asked, keys, values in zip(*(tensor.split(list(segments), dim=2) for tensor in (query, key, value)), strict=True):
+    rows = (query.split(list(computed or segments), dim=2), *(tensor.split(list(segments), dim=2) for tensor in (key, value)))
+    for asked, keys, values in zip(*rows, strict=True):
         stop = start + asked.shape[2]
         mask = attention_mask[..., start:stop, start:stop] if attention_mask is not None else None
-        outputs.append(_attend(module, asked, keys, values, mask, chosen, options))
+        outputs.append(_attend(module, asked, keys, values, mask, chosen, options, before=keys.shape[2] - asked.shape[2]))
         start = stop
     return torch.cat(outputs, dim=1), None
+
+
+def _repeated(tensor: Tensor, inverse: Tensor) -> Tensor:
+    """`[1, heads, seq, head_dim]` → `[1, heads, keys, head_dim]`; by tokens, as a projection leaves them in memory."""
+    return tensor.transpose(1, 2).index_select(1, inverse).transpose(1, 2)
 
 
 def plain_attention(
@@ -134,16 +151,26 @@ def _is_special(options: dict[str, Any]) -> bool:
 
 
 def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kernel: Kernel, options: dict[str, Any]
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    kernel: Kernel,
+    options: dict[str, Any],
+    *,
+    before: int = 0,
 ) -> Tensor:
-    """`[batch, seq, heads, head_dim]`."""
+    """`[batch, seq, heads, head_dim]`. So many keys stand `before` the first query's own, and all queries see them."""
     asked = options.get("is_causal")
     causal: bool = mask is None and (getattr(module, "is_causal", True) if asked is None else asked)
     size = (query.shape[2], key.shape[2])
-    known = size[0] == size[1] if causal else mask is None or (mask.ndim == 4 and mask.shape[2:] == size)
+    known = size[0] + before == size[1] if causal else mask is None or (mask.ndim == 4 and mask.shape[2:] == size)
     if kernel != "written out" or size[0] == 1 or not known or not _has_room(query, key, value):
+        if before:
+            mask = torch.ones(size, dtype=torch.bool, device=query.device).tril(before)[None, None]
         return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
-    return _written_out(query, key, value, mask, causal=causal, scaling=options.get("scaling"))
+    return _written_out(query, key, value, mask, causal=causal, before=before, scaling=options.get("scaling"))
 
 
 def _has_room(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -155,11 +182,11 @@ def _has_room(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def _written_out(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool, scaling: float | None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool, before: int, scaling: float | None
 ) -> Tensor:
     """Attention by matrix products: on a CPU in bfloat16 faster than torch's kernel, at the price of memory.
 
-    Query heads that share a key head go below each other. Where attention is causal, later keys are left out block by block.
+    Query heads that share a key head go below each other. Keys behind the last that a block of queries sees are left out.
     `benchmarks/attention.py` has the figures.
     """
     tokens, there = query.shape[2], key.shape[2]
@@ -167,39 +194,56 @@ def _written_out(
     batch, heads, length, width = query.shape
     groups, shared = batch * key.shape[1], heads // key.shape[1]
     keys, values = (tensor.reshape(groups, -1, tensor.shape[-1]) for tensor in (key, value))
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
     outputs: list[Tensor] = []
     for start, block in zip(range(0, length, BLOCK), query.split(BLOCK, dim=2), strict=True):
-        stop = start + block.shape[2]
-        seen = stop if causal else key.shape[2]
-        added = query.new_zeros(stop - start, seen)  # to the scores
+        count = block.shape[2]
+        seen, added = key.shape[2], None  # keys, and what is added to their scores
         if causal:
-            added.fill_(float("-inf")).triu_(start + 1)
-        else:
-            added[:, there:] = float("-inf")
+            seen = min(before + start + count, seen)
+            added = query.new_full((count, seen), float("-inf")).triu_(before + start + 1).repeat(shared, 1)
+        elif mask is not None:
+            seen, added = _masked(mask[:, :, start : start + count], there, count)
+            added = added.expand(batch, heads, count, seen).reshape(groups, -1, seen) if added is not None else None
+        elif there < seen:
+            added = _behind(query.new_zeros(1, there), seen)
         asked = block.reshape(groups, -1, width)  # [groups, shared * block, width]
-        if mask is None:
-            added = added.repeat(shared, 1).expand(groups, -1, -1)
-        else:
-            added = _with_mask(added, mask[:, :, start:stop], batch, heads).view(groups, -1, seen)
-        scores = torch.baddbmm(added, asked, keys[:, :seen].transpose(1, 2), alpha=scaling or width**-0.5)
+        base, beta = (added, 1) if added is not None else (query.new_zeros(1), 0)
+        scores = torch.baddbmm(base, asked, keys[:, :seen].transpose(1, 2), beta=beta, alpha=scaling or width**-0.5)
         found = torch.bmm(torch.softmax(scores, -1), values[:, :seen])
-        outputs.append(found.reshape(batch, heads, stop - start, value.shape[-1]))
+        outputs.append(found.reshape(batch, heads, count, value.shape[-1]))
     return torch.cat(outputs, dim=2)[:, :, :tokens].transpose(1, 2)
+
+
+def _masked(mask: Tensor, there: int, count: int) -> tuple[int, Tensor | None]:
+    """How many keys some query of a block sees, counted from the first, and what hides others of these, if anything does.
+
+    Args:
+        mask: `[batch, 1 or heads, queries, keys]`, to be added to scores. A query that sees nothing is to have some result, not
+            NaN.
+        there: how many keys there are; those behind fill up.
+        count: how many queries the block has, those among them that fill it up.
+
+    """
+    highest = mask.amax(2).amax((0, 1))  # in one go a CPU takes twenty times as long
+    places = (highest > torch.finfo(mask.dtype).min).nonzero()
+    seen = int(places[-1]) + 1 if len(places) else there
+    mask, seen = mask[..., :seen], seen + -seen % GRAIN
+    if seen <= there and not highest[:seen].any() and not mask.amin():
+        return seen, None
+    return seen, nn.functional.pad(_behind(mask, seen), (0, 0, 0, count - mask.shape[2]))
+
+
+def _behind(added: Tensor, keys: int) -> Tensor:
+    """`[..., seen]` → `[..., keys]`, of which those behind are not seen."""
+    return nn.functional.pad(added, (0, keys - added.shape[-1]), value=float("-inf"))
 
 
 def _filled(tensor: Tensor) -> Tensor:
     """`[batch, heads, seq, head_dim]` with zeros behind, as many as make seq a multiple."""
     extra = -tensor.shape[2] % GRAIN
     return nn.functional.pad(tensor, (0, 0, 0, extra)) if extra else tensor
-
-
-def _with_mask(added: Tensor, mask: Tensor, batch: int, heads: int) -> Tensor:
-    """`[batch, heads, block, seq]`: what is added to scores. A row that sees nothing is to have some result, not NaN."""
-    if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=added.dtype).masked_fill(~mask, torch.finfo(added.dtype).min)
-    every = added.repeat(batch, heads, 1, 1)
-    every[:, :, : mask.shape[2], : mask.shape[3]] = mask
-    return every
 
 
 def _look(
@@ -229,12 +273,22 @@ def _look(
     return torch.cat(outputs, dim=1)
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int, options: dict[str, Any]) -> Tensor:
-    """One kernel for all rows. https://docs.pytorch.org/docs/stable/nn.attention.varlen.html"""
+def _varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    borders: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
+    options: dict[str, Any],
+) -> Tensor:
+    """One kernel for all rows; of queries and keys that are not equally many the last ones stand at the same place.
+
+    https://docs.pytorch.org/docs/stable/nn.attention.varlen.html
+    """
     asked, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [seq, heads, head_dim]
     assert varlen_attn is not None
     kernel = partial(varlen_attn, scale=options.get("scaling"), window_size=(-1, 0), enable_gqa=True)  # causal
-    output = kernel(asked, keys, values, borders, borders, longest, longest)
+    output = kernel(asked, keys, values, *borders, *longest)
     assert isinstance(output, Tensor)
     return output[None]
 

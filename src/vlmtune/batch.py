@@ -129,7 +129,8 @@ def fill_up(batch: Mapping[str, Any], multiple: int, *, pad_token_id: int) -> di
         `[[0, 1, 2, 0, 1, 0, 1, 2]]`, segments `[3, 2, 3]`
 
     """
-    extra = -batch["input_ids"].shape[1] % multiple
+    computed = len(batch["unique"]) if "unique" in batch else batch["input_ids"].shape[1]
+    extra = -computed % multiple
     if not extra:
         return dict(batch)
     values, pad = {"labels": IGNORE, "input_ids": pad_token_id}, torch.nn.functional.pad
@@ -148,4 +149,9 @@ def fill_up(batch: Mapping[str, Any], multiple: int, *, pad_token_id: int) -> di
             borders = batch[f"cu_seq_lens_{queries}"]
             filled[f"cu_seq_lens_{queries}"] = torch.cat([borders, borders[-1:] + extra])
             filled[f"max_length_{queries}"] = max(batch[f"max_length_{queries}"], extra)
+    if "unique" in batch:
+        behind = torch.arange(extra, device=batch["unique"].device)
+        filled["unique"] = torch.cat([batch["unique"], len(batch["inverse"]) + behind])
+        filled["inverse"] = torch.cat([batch["inverse"], computed + behind])
+        filled["computed"] = [*batch["computed"], extra]
     return filled

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from vlmtune.console import progress
 from vlmtune.data import Rows, Split, find_bad_rows, load_data
 from vlmtune.errors import DatasetError, ModelError, RecipeError
 from vlmtune.families import Family
-from vlmtune.model import attend_by_row, positions_model
+from vlmtune.model import attend_by_row, positions_model, share_prefixes_in
 from vlmtune.packing import BatchPlan, step_bounds
 from vlmtune.proof import packing_fault
 from vlmtune.recipe import Recipe
@@ -135,15 +135,19 @@ def batching(
 
     """
     multiple = int(config.pad_to_multiple_of or steady(config.device, model.dtype))
-    packing = PackingCollator(collator, positions_model(model), multiple)
-    obstacle = "" if recipe.packing.mode == "off" else agree(_packing_obstacle(model, packing, rows, lengths))
+    packing = PackingCollator(collator, positions_model(model), multiple, shares=not config.torch_compile)
+    obstacle = ""
+    if recipe.packing.mode != "off":
+        shares, obstacle = agree(_tried_out(model, packing, rows, lengths))
+        packing = replace(packing, shares=shares)
     if obstacle and recipe.packing.length:
         raise RecipeError(f"`packing.length` is {recipe.packing.length}, and {obstacle}")
     packed = recipe.packing.mode != "off" and not obstacle
     plan = micro_batches(recipe, config, lengths, packed=packed)
     if packed:
         padding = f"padding only to a multiple of {multiple}" if multiple > 1 else "no padding"
-        return Batching(packing, collator, plan, f"on: {padding}, at most {plan.largest:,} tokens a micro-batch")
+        shared = ", what rows begin with alike computed once" if packing.shares else ""
+        return Batching(packing, collator, plan, f"on: {padding}{shared}, at most {plan.largest:,} tokens a micro-batch")
     return Batching(collator, collator, plan, f"off: {obstacle}" if obstacle else "off")
 
 
@@ -170,15 +174,18 @@ def micro_batches(recipe: Recipe, config: SFTConfig, lengths: Sequence[int], *, 
         raise DatasetError(str(error)) from error
 
 
-def _packing_obstacle(model: PeftModel, packing: PackingCollator, rows: Rows, lengths: Sequence[int]) -> str:
-    """Why rows cannot be packed, or nothing; tried out on two short rows."""
+def _tried_out(model: PeftModel, packing: PackingCollator, rows: Rows, lengths: Sequence[int]) -> tuple[bool, str]:
+    """Whether packs may share prefixes, and why rows cannot be packed, or nothing; tried out on two short rows."""
     try:
         attend_by_row(model)
     except ModelError as error:
-        return str(error)
+        return False, str(error)
     shortest = [rows[position] for position in sorted(range(len(lengths)), key=lengths.__getitem__)[:LOOKED_AT]]
     samples = sorted(shortest, key=lambda sample: not pictures(sample))[:2]  # stable: with pictures, where there are any
-    return packing_fault(model, packing, samples * (3 - len(samples))) or ""
+    pair = samples * (3 - len(samples))
+    if packing.shares and share_prefixes_in(model) and packing_fault(model, packing, pair) is None:
+        return True, ""
+    return False, packing_fault(model, replace(packing, shares=False), pair) or ""
 
 
 def rows_per_step(config: SFTConfig) -> int:

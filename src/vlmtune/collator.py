@@ -22,6 +22,7 @@ from vlmtune.escape import Escape
 from vlmtune.families import Family, find_family
 from vlmtune.families.text import PLAIN
 from vlmtune.features import FeatureStore
+from vlmtune.prefixes import share_prefixes
 from vlmtune.sizes import TokenCounter, blank, without_pixels
 from vlmtune.tools import marked, with_tools
 
@@ -77,7 +78,7 @@ class MultimodalCollator:
         self._sizes_only: dict[bool, Any] = {}  # processors without pixels: for plain texts, and for escaped ones
         self._template_faults: dict[int, str] = {}  # a conversation with tools or reasoning → what the template makes of it
         self.chat_template = training_template(processor, self.family, masked=not train_on_inputs, given=chat_template)
-        self._never_trained = self.family.image_token_ids(processor) | self.family.video_token_ids(processor)
+        self.never_trained = self.family.image_token_ids(processor) | self.family.video_token_ids(processor)
         if self.tokenizer.pad_token is None:  # safe: padding is told by the attention mask
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
@@ -92,7 +93,7 @@ class MultimodalCollator:
         if trained is not None:
             trained = self._answers(batch["input_ids"], trained, rows)
         batch["labels"] = make_labels(
-            batch["input_ids"], batch["attention_mask"], image_token_ids=self._never_trained, trained=trained
+            batch["input_ids"], batch["attention_mask"], image_token_ids=self.never_trained, trained=trained
         )
         self._check_lengths(batch["attention_mask"], rows)
         if features:
@@ -334,9 +335,13 @@ class PackingCollator:
     collator: MultimodalCollator
     core: Any  # the model without its head, for its positions: on the meta device
     multiple: int = 1  # of tokens
+    shares: bool = False  # what rows begin with alike is computed once
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        return self.collator.filled(self.collator.family.flatten(self.collator(rows), self.core), self.multiple)
+        packed = self.collator.family.flatten(self.collator(rows), self.core)
+        if self.shares:
+            packed = share_prefixes(packed, image_token_ids=self.collator.never_trained)
+        return self.collator.filled(packed, self.multiple)
 
 
 def pictures(row: Row) -> list[Any]:

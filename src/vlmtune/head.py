@@ -40,7 +40,8 @@ class Head:
             last_mlp.register_forward_pre_hook(self._take_trained)
             last_mlp.register_forward_hook(self._put_back)
         self._trained: Tensor | None = None  # positions in the batch, flattened; None leaves all
-        self._extra = 0  # zeros behind them
+        self._computed: Tensor | None = None  # where these are among the tokens that the layers compute
+        self._multiple = 1  # of so many, by zeros behind them
         self._shape = torch.Size()  # of the states that the last MLP's were taken from
         self._stays = False  # chosen, until a step is over
         self._targets: Tensor | None = None  # [trained]; None leaves logits as they are
@@ -54,9 +55,11 @@ class Head:
         pad = nn.functional.pad
         targets = pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE).flatten()
         self._trained = (targets != IGNORE).nonzero().flatten()
-        self._extra = -len(self._trained) % multiple
+        inverse = inputs.get("inverse")
+        self._computed = self._trained if inverse is None else inverse[self._trained].unique()
+        self._multiple = multiple
         return {name: values for name, values in inputs.items() if name != "labels"} | {
-            "shift_labels": pad(targets[self._trained], (0, self._extra), value=IGNORE)[None]
+            "shift_labels": pad(targets[self._trained], (0, -len(self._trained) % multiple), value=IGNORE)[None]
         }
 
     def scoring(self, model: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,7 +96,7 @@ class Head:
     def rest(self) -> None:
         """Leaves states and logits as they are, until the next `choose`."""
         if not self._stays:
-            self._trained = self._targets = None
+            self._trained = self._computed = self._targets = None
 
     def _leave_trained(self, module: nn.Module, args: Any, output: Any) -> Any:
         if self._trained is not None:
@@ -101,22 +104,22 @@ class Head:
         return output
 
     def _take_trained(self, module: nn.Module, args: Any) -> Any:
-        if self._trained is None:
+        if self._computed is None:
             return args
         self._shape = args[0].shape
-        return (self._chosen(args[0], self._trained),)
+        return (self._chosen(args[0], self._computed),)
 
     def _put_back(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """Zeros elsewhere, which the residual is added to and nobody reads."""
-        if self._trained is None:
+        if self._computed is None:
             return output
         everywhere = output.new_zeros(self._shape).flatten(0, 1)
-        return everywhere.index_copy_(0, self._trained, output[0, : len(self._trained)]).view(self._shape)
+        return everywhere.index_copy_(0, self._computed, output[0, : len(self._computed)]).view(self._shape)
 
-    def _chosen(self, states: Tensor, trained: Tensor) -> Tensor:
-        """`[batch, seq, hidden]` → `[1, trained, hidden]`."""
-        chosen = states.flatten(0, 1).index_select(0, trained)[None]
-        return nn.functional.pad(chosen, (0, 0, 0, self._extra)) if self._extra else chosen
+    def _chosen(self, states: Tensor, places: Tensor) -> Tensor:
+        """`[batch, seq, hidden]` → `[1, places, hidden]`."""
+        chosen, extra = states.flatten(0, 1).index_select(0, places)[None], -len(places) % self._multiple
+        return nn.functional.pad(chosen, (0, 0, 0, extra)) if extra else chosen
 
     def _score(self, module: nn.Module, args: Any, output: Any) -> Any:
         if self._targets is not None:

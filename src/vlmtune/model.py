@@ -45,6 +45,7 @@ from vlmtune.errors import ModelError, RecipeError, one_line
 from vlmtune.families import Family, find_family
 from vlmtune.patches import multiply_patches
 from vlmtune.plugins import did_you_mean
+from vlmtune.prefixes import compute_once
 from vlmtune.recipe import LoraSection, ModelSection, Recipe
 
 Processor: TypeAlias = Any  # a ProcessorMixin or, for text models, a tokenizer
@@ -526,6 +527,22 @@ def attend_by_row(model: PeftModel) -> None:
         raise ModelError(f"{type(base).__name__} does not take its attention from transformers' AttentionInterface")
     named = [name for name in base.config.sub_configs if getattr(base.config, name) is text]
     base.set_attn_implementation({named[0]: IMPLEMENTATION} if named else IMPLEMENTATION)
+
+
+def share_prefixes_in(model: PeftModel) -> bool:
+    """Has the language model compute once what rows of a pack begin with alike, and tells whether it is one that may.
+
+    Its attention has to be the one that knows of it, over all of a row: with a sliding window a mask of all tokens would be
+    needed. Where pictures are looked at by cross-attention, tokens before a picture see it too.
+    """
+    base: Any = model.get_base_model()
+    text = base.config.get_text_config()
+    if text._attn_implementation != IMPLEMENTATION or hasattr(text, "cross_attention_layers"):
+        return False
+    if getattr(text, "sliding_window", None) is not None:
+        return False
+    compute_once(base.base_model.get_decoder())
+    return True
 
 
 def last_mlp(model: PeftModel, family: Family) -> LeanMLP | None:

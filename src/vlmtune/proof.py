@@ -21,11 +21,16 @@ CANNOT = (TypeError, AttributeError, ValueError, RuntimeError, KeyError, IndexEr
 
 
 def packing_fault(model: PeftModel, collator: PackingCollator, rows: Sequence[Row]) -> str | None:
-    """What is wrong when these rows are packed: the last one sees another, or comes out other than by itself. None: nothing."""
+    """What is wrong when these rows are packed: the last one sees another, or comes out other than by itself. None: nothing.
+
+    Where the collator shares prefixes, the rows have to have one.
+    """
     family, alone = collator.collator.family, collator.collator(rows[-1:])
     length = int(alone["attention_mask"].sum())
     try:
         packed = collator(rows)
+        if collator.shares and "unique" not in packed:
+            return "the rows have no beginning in common"
         end = int(packed.get("attention_mask", torch.ones_like(packed["input_ids"])).sum())
         last = slice(end - length, end)
         with evaluating(model):
@@ -114,10 +119,15 @@ def _hidden(model: PeftModel, family: Family, batch: Mapping[str, Any]) -> Tenso
 
 
 def _other_words(packed: Mapping[str, Any], last: slice) -> dict[str, Any]:
-    """The pack with words exchanged in all rows but the last. Words are what is trained on."""
+    """The pack with words exchanged in all rows but the last. Words are what is trained on.
+
+    What the last row begins with may be computed in another: there it stays too.
+    """
     ids, words = packed["input_ids"], packed["labels"][packed["labels"] >= 0]
     exchanged = torch.isin(ids, words)
     exchanged[:, last] = False
+    if "unique" in packed:
+        exchanged[:, packed["unique"][packed["inverse"][last]]] = False
     return {**packed, "input_ids": torch.where(exchanged, words[-1], ids)}
 
 

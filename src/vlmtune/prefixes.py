@@ -1,0 +1,88 @@
+"""Rows of a pack that begin alike: the tokens that they have in common are computed once.
+
+A token sees itself and what stands before it. So the first tokens of two rows come out the same in every layer as long as they
+are the same, and a language model need not compute them again: the keys and values of the one row serve the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SEQ = {"input_ids": 1, "inputs_embeds": 1, "attention_mask": 1, "position_ids": -1, "visual_pos_masks": 1}  # that dimension
+
+
+def share_prefixes(batch: Mapping[str, Any], *, image_token_ids: Collection[int]) -> dict[str, Any]:
+    """The packed batch, and which of its tokens are computed.
+
+    A row's last token and all from its first picture on are computed in any case.
+
+    Args:
+        batch: as `batch.flatten` makes it.
+        image_token_ids: ids that stand for pictures, which differ where their tokens are the same.
+
+    Returns:
+        The batch. Where rows begin alike, with `unique` `[computed]`, the places of the tokens that are computed; `inverse`
+        `[seq]`, which of these each token is; `computed`, how many are each row's; `cu_seq_lens_q` and `max_length_q` of these.
+
+    Example:
+        ids `[[7, 8, 9, 7, 8, 5, 6]]`, segments `[3, 4]`
+        → unique `[0, 1, 2, 5, 6]`, inverse `[0, 1, 2, 0, 1, 3, 4]`, computed `[3, 2]`
+
+    """
+    ids, segments = batch["input_ids"][0], batch["segments"]
+    of_pictures = torch.isin(ids, torch.tensor(sorted(image_token_ids), dtype=ids.dtype)).split(segments)
+    texts = [_text(*row) for row in zip(ids.split(segments), of_pictures, strict=True)]
+    starts = [0, *torch.tensor(segments).cumsum(0).tolist()]
+    order = sorted(range(len(texts)), key=texts.__getitem__)  # a row has most in common with the one before
+    alike = {row: (before, _common(texts[before], texts[row])) for before, row in pairwise(order)}
+    computed = torch.ones_like(ids, dtype=torch.bool)
+    for row, (_, count) in alike.items():
+        computed[starts[row] : starts[row] + count] = False
+    inverse = computed.cumsum(0) - 1
+    for row, (before, count) in alike.items():  # in this order: the one before may be like another
+        inverse[starts[row] : starts[row] + count] = inverse[starts[before] : starts[before] + count]
+    unique = computed.nonzero().flatten()
+    positions = batch["position_ids"]
+    if len(unique) == len(ids) or not torch.equal(positions[..., unique][..., inverse], positions):
+        return dict(batch)
+    lengths = [int(row.sum()) for row in computed.split(segments)]
+    borders = torch.tensor([0, *lengths]).cumsum(0).int()
+    flash = {"cu_seq_lens_q": borders, "max_length_q": max(lengths)}
+    return {**batch, **flash, "unique": unique, "inverse": inverse, "computed": lengths}
+
+
+def compute_once(decoder: nn.Module) -> None:
+    """Has a language model leave out what `share_prefixes` says, and give its results back at every token."""
+    decoder.register_forward_pre_hook(_take_unique, with_kwargs=True)
+    decoder.register_forward_hook(_give_back, with_kwargs=True)
+
+
+def _take_unique(module: nn.Module, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    unique = inputs.get("unique")
+    if unique is None:
+        return args, inputs
+    taken = {name: inputs[name].index_select(dim, unique) for name, dim in SEQ.items() if inputs.get(name) is not None}
+    return args, {**inputs, **taken}
+
+
+def _give_back(module: nn.Module, args: Any, inputs: Mapping[str, Any], output: Any) -> Any:
+    if inputs.get("unique") is not None:
+        output.last_hidden_state = output.last_hidden_state.index_select(1, inputs["inverse"])
+    return output
+
+
+def _text(ids: Tensor, of_pictures: Tensor) -> list[int]:
+    """A row's tokens before its first picture, and without its last."""
+    pictures = of_pictures.nonzero().flatten()
+    return ids[: int(pictures[0]) if len(pictures) else -1].tolist()
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two rows begin with alike."""
+    both = min(len(one), len(other))
+    return next((place for place in range(both) if one[place] != other[place]), both)

@@ -1,0 +1,258 @@
+"""What rows of a pack begin with alike is computed once, and everything comes out as if it were not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_attention import DEVICES, layer, tensors
+from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from vlmtune import batching, finetune, load_recipe
+from vlmtune.attention import BLOCK, packed_attention
+from vlmtune.batch import fill_up, flatten
+from vlmtune.console import console
+from vlmtune.model import attend_by_row, load_model, share_prefixes_in
+from vlmtune.prefixes import share_prefixes
+from vlmtune.trainer import Trainer
+
+MakeRecipe = Callable[..., dict[str, Any]]
+PICTURE = 5
+
+
+def pack(*rows: list[int]) -> dict[str, Any]:
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return flatten({"input_ids": ids, "attention_mask": mask, "labels": ids})
+
+
+def shared(*rows: list[int]) -> dict[str, Any]:
+    return share_prefixes(pack(*rows), image_token_ids={PICTURE})
+
+
+# ---- which tokens
+
+
+def test_a_beginning_that_two_rows_have_is_computed_in_one_of_them() -> None:
+    batch = shared([7, 8, 9], [7, 8, 5, 6])
+    assert batch["unique"].tolist() == [0, 1, 2, 5, 6]
+    assert batch["inverse"].tolist() == [0, 1, 2, 0, 1, 3, 4]
+    assert batch["computed"] == [3, 2]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 5]
+    assert batch["cu_seq_lens_k"].tolist() == [0, 3, 7]
+    assert (batch["max_length_q"], batch["max_length_k"]) == (3, 4)
+    assert batch["cu_seq_lens_q"].dtype == torch.int32
+    plain = pack([7, 8, 9], [7, 8, 5, 6])
+    for name in ("input_ids", "labels", "attention_mask", "position_ids"):
+        assert torch.equal(batch[name], plain[name])
+
+
+def test_each_row_shares_with_the_one_that_is_most_like_it() -> None:
+    batch = shared([1, 2, 3, 4, 8], [1, 9, 8], [1, 2, 3, 6, 8], [2, 8])
+    assert sorted(batch["computed"]) == [2, 2, 2, 5]
+    assert len(batch["unique"]) == 11
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ([1, 2, 3], [2, 2, 3]),
+        ([PICTURE, 2, 3], [PICTURE, 2, 3]),  # another picture, perhaps
+        ([4], [4]),
+        ([4, 5, 6],),
+    ],
+)
+def test_rows_that_do_not_begin_alike_stay_as_they_are(rows: tuple[list[int], ...]) -> None:
+    assert shared(*rows).keys() == pack(*rows).keys()
+
+
+def test_pictures_and_the_last_token_are_each_row_s_own() -> None:
+    assert shared([1, 2, PICTURE, 3], [1, 2, PICTURE, 3])["computed"] == [4, 2]
+    assert shared([1, 2, 3], [1, 2, 3])["computed"] == [3, 1]
+    assert shared([1, 2], [1, 2, 3])["computed"] == [2, 2]
+
+
+def test_rows_whose_positions_differ_are_not_alike() -> None:
+    batch = pack([1, 2, 3], [1, 2, 4])
+    elsewhere = {**batch, "position_ids": torch.arange(6)[None]}
+    assert "unique" in share_prefixes(batch, image_token_ids=[])
+    assert "unique" not in share_prefixes(elsewhere, image_token_ids=[])
+
+
+@given(rows=st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=9), min_size=1, max_size=6))
+def test_a_token_is_only_ever_taken_for_one_with_the_same_tokens_before_it(rows: list[list[int]]) -> None:
+    batch = share_prefixes(pack(*rows), image_token_ids={3})
+    if "unique" not in batch:
+        return
+    before = [row[: place + 1] for row in rows for place in range(len(row))]
+    unique, inverse = batch["unique"].tolist(), batch["inverse"].tolist()
+    assert [before[unique[place]] for place in inverse] == before
+    assert unique == sorted(unique)
+    assert all(inverse[place] == number for number, place in enumerate(unique))
+    assert sum(batch["computed"]) == len(unique) < len(before)
+    for row, own, place in zip(rows, batch["computed"], torch.tensor([0, *map(len, rows)]).cumsum(0).tolist(), strict=False):
+        assert unique[inverse[place + len(row) - 1]] == place + len(row) - 1
+        assert all(unique[inverse[there]] == there for there in range(place + len(row) - own, place + len(row)))
+
+
+def test_what_is_computed_is_filled_up() -> None:
+    batch = fill_up(shared([7, 8, 9], [7, 8, 4, 6]), 8, pad_token_id=0)
+    assert batch["unique"].tolist() == [0, 1, 2, 5, 6, 7, 8, 9]
+    assert batch["inverse"].tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 6, 7]
+    assert batch["computed"] == [3, 2, 3]
+    assert batch["segments"] == [3, 4, 3]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 5, 8]
+    assert batch["cu_seq_lens_k"].tolist() == [0, 3, 7, 10]
+    assert batch["input_ids"].tolist() == [[7, 8, 9, 7, 8, 4, 6, 0, 0, 0]]
+
+
+# ---- attention
+
+COMPUTED = (700, 300, 1, BLOCK + 9, 64)  # of rows that begin with the first one's tokens
+BEFORE = (0, 250, 130, 130, 1)
+
+
+def inverse_of(device: str) -> Tensor:
+    starts = torch.tensor([0, *COMPUTED]).cumsum(0).tolist()
+    own = [torch.arange(start, start + count) for start, count in zip(starts, COMPUTED, strict=False)]
+    parts = [part for before, rest in zip(BEFORE, own, strict=True) for part in (torch.arange(before), rest)]
+    return torch.cat(parts).to(device)
+
+
+def together(query: Tensor, key: Tensor, value: Tensor, inverse: Tensor) -> Tensor:
+    segments = [before + own for before, own in zip(BEFORE, COMPUTED, strict=True)]
+    queries, keys = (torch.tensor([0, *lengths], device=query.device).cumsum(0).int() for lengths in (COMPUTED, segments))
+    options: dict[str, Any] = {"cu_seq_lens_q": queries, "cu_seq_lens_k": keys, "max_length_q": 700, "max_length_k": 700}
+    options |= {"segments": segments, "computed": COMPUTED, "inverse": inverse, "scaling": 0.25}
+    return packed_attention(layer(), query, key, value, None, **options)[0]
+
+
+def row_by_row(query: Tensor, key: Tensor, value: Tensor, inverse: Tensor) -> Tensor:
+    """What SDPA makes of each whole row, and of that what is not another's."""
+    found: list[Tensor] = []
+    start = 0
+    for before, own in zip(BEFORE, COMPUTED, strict=True):
+        places = inverse[start : start + before + own]
+        start += before + own
+        whole = sdpa_attention_forward(layer(), *(tensor[:, :, places] for tensor in (query, key, value)), None, scaling=0.25)[
+            0
+        ]
+        found.append(whole[:, before:])
+    return torch.cat(found, dim=1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_rows_attend_to_a_beginning_that_another_has_computed(device: str, dtype: torch.dtype, close: float) -> None:
+    inverse, found = inverse_of(device), list[list[Tensor]]()
+    for attend, kind in ((together, dtype), (row_by_row, torch.float32)):
+        inputs = tensors(sum(COMPUTED), kind, device)
+        seen = attend(*inputs, inverse)
+        found.append([seen.detach(), *torch.autograd.grad(seen.float().square().sum(), inputs)])
+    for rounded, wanted in zip(*found, strict=True):
+        assert (rounded.float() - wanted).norm() <= close * wanted.norm()
+
+
+# ---- runs
+
+
+def run_with(recipe: Mapping[str, Any], shares: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[dict[str, Any]]]:
+    seen: list[dict[str, Any]] = []
+    step = Trainer.training_step
+
+    def look(self: Trainer, model: Any, inputs: dict[str, Any], *args: Any) -> Any:
+        seen.append(dict(inputs))
+        return step(self, model, inputs, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", look)
+        if not shares:
+            patch.setattr(batching, "share_prefixes_in", lambda _: False)
+        return finetune(recipe, overwrite=True), seen
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("qwen2_vl", {"train_on_inputs": True}),
+        ("qwen2_vl", {"lora.scope": "all", "lora.dropout": 0.0, "train.gradient_checkpointing": True}),
+        ("pixtral", {"vision_cache": "memory"}),
+        ("qwen2_5_vl", {}),
+        ("text", {"train_on_inputs": True}),
+        ("text", {"train.label_smoothing_factor": 0.1}),
+    ],
+)
+def test_a_run_learns_what_it_learns_without(
+    recipe: MakeRecipe, kind: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (with_it, batches), (without, others) = (run_with(recipe(kind, **settings), on, monkeypatch) for on in (True, False))
+    assert all(len(batch["unique"]) < batch["input_ids"].shape[1] for batch in batches)
+    assert not any("unique" in batch for batch in others)
+    for entry, wanted in zip(with_it.history, without.history, strict=True):
+        for name in {"loss", "grad_norm", "mean_token_accuracy", "entropy", "num_tokens"} & wanted.keys():
+            assert entry[name] == pytest.approx(wanted[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("mllama", {}),  # tokens before the picture see it
+        ("text", {"train.torch_compile": True, "train.torch_compile_backend": "eager"}),
+    ],
+)
+def test_where_a_beginning_cannot_be_shared_it_is_not(
+    recipe: MakeRecipe, kind: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, batches = run_with(recipe(kind, **settings), True, monkeypatch)
+    assert not any("unique" in batch for batch in batches)
+    assert all("segments" in batch for batch in batches)
+
+
+def test_attention_of_another_kind_or_with_a_window_knows_nothing_of_it(recipe: MakeRecipe) -> None:
+    model, _, _ = load_model(load_recipe(recipe("text")))
+    attend_by_row(model)
+    assert share_prefixes_in(model)
+    config: Any = model.config
+    config.sliding_window = 4
+    assert not share_prefixes_in(model)
+    config.sliding_window, config._attn_implementation = None, "flash_attention_2"
+    assert not share_prefixes_in(model)
+
+
+def test_a_model_that_cannot_share_is_told_and_packed_without(
+    recipe: MakeRecipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "width", 500)  # no sentence is folded
+    finetune(recipe())
+    assert "what rows begin with alike computed once" in capsys.readouterr().out
+    for broken in (lambda _: None, spoilt):
+        monkeypatch.setattr("vlmtune.model.compute_once", broken)
+        run = finetune(recipe(), overwrite=True)
+        said = capsys.readouterr().out
+        assert "on: no padding, at most" in said
+        assert run.trainer.plan.packed
+
+
+def spoilt(decoder: Any) -> None:
+    """Takes the right tokens, and gives other ones back."""
+
+    def take(module: Any, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        unique = inputs.get("unique")
+        if unique is None:
+            return args, inputs
+        taken = {name: inputs[name][:, unique] for name in ("inputs_embeds", "attention_mask")}
+        return args, {**inputs, **taken, "position_ids": inputs["position_ids"][..., unique]}
+
+    def give(module: Any, args: Any, inputs: dict[str, Any], output: Any) -> Any:
+        if "unique" in inputs:
+            output.last_hidden_state = output.last_hidden_state[:, inputs["inverse"].flip(0)]
+        return output
+
+    decoder.register_forward_pre_hook(take, with_kwargs=True)
+    decoder.register_forward_hook(give, with_kwargs=True)
