@@ -63,3 +63,7 @@ def test_shapes() -> None:
 
 def test_patches() -> None:
     assert "times faster" in run("patches.py")
+
+
+def test_prefixes() -> None:
+    assert "times faster" in run("prefixes.py")

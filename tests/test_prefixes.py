@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,15 +13,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_attention import DEVICES, layer, tensors
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from vlmtune import batching, finetune, load_recipe
+from vlmtune import MultimodalCollator, batching, finetune, load_recipe
 from vlmtune.attention import BLOCK, packed_attention
 from vlmtune.batch import fill_up, flatten
+from vlmtune.batching import usable_rows
+from vlmtune.collator import PackingCollator
 from vlmtune.console import console
-from vlmtune.model import attend_by_row, load_model, share_prefixes_in
-from vlmtune.prefixes import share_prefixes
+from vlmtune.model import attend_by_row, load_model, positions_model, share_prefixes_in
+from vlmtune.prefixes import compute_once, share_prefixes
+from vlmtune.proof import packing_fault
 from vlmtune.trainer import Trainer
 
 MakeRecipe = Callable[..., dict[str, Any]]
@@ -181,6 +187,7 @@ def run_with(recipe: Mapping[str, Any], shares: bool, monkeypatch: pytest.Monkey
     ("kind", "settings"),
     [
         ("qwen2_vl", {"train_on_inputs": True}),
+        ("qwen2_vl", {"model.dtype": "bfloat16", "train.bf16": True, "train_on_inputs": True}),
         ("qwen2_vl", {"lora.scope": "all", "lora.dropout": 0.0, "train.gradient_checkpointing": True}),
         ("pixtral", {"vision_cache": "memory"}),
         ("qwen2_5_vl", {}),
@@ -196,7 +203,7 @@ def test_a_run_learns_what_it_learns_without(
     assert not any("unique" in batch for batch in others)
     for entry, wanted in zip(with_it.history, without.history, strict=True):
         for name in {"loss", "grad_norm", "mean_token_accuracy", "entropy", "num_tokens"} & wanted.keys():
-            assert entry[name] == pytest.approx(wanted[name], rel=1e-4), name
+            assert entry[name] == pytest.approx(wanted[name], rel=2e-2 if "train.bf16" in settings else 1e-4), name
 
 
 @pytest.mark.parametrize(
@@ -214,15 +221,22 @@ def test_where_a_beginning_cannot_be_shared_it_is_not(
     assert all("segments" in batch for batch in batches)
 
 
-def test_attention_of_another_kind_or_with_a_window_knows_nothing_of_it(recipe: MakeRecipe) -> None:
+def test_a_model_that_looks_another_way_at_its_tokens_computes_all(recipe: MakeRecipe) -> None:
     model, _, _ = load_model(load_recipe(recipe("text")))
     attend_by_row(model)
     assert share_prefixes_in(model)
     config: Any = model.config
-    config.sliding_window = 4
-    assert not share_prefixes_in(model)
-    config.sliding_window, config._attn_implementation = None, "flash_attention_2"
-    assert not share_prefixes_in(model)
+    for name, value in {
+        "sliding_window": 4,
+        "attention_chunk_size": 4,
+        "layer_types": ["full_attention", "linear_attention"],
+        "output_router_logits": False,  # a mixture: TRL sets it
+        "_attn_implementation": "flash_attention_2",
+    }.items():
+        other = copy.copy(config)
+        setattr(other, name, value)
+        model.get_base_model().config = other
+        assert not share_prefixes_in(model), name
 
 
 def test_a_model_that_cannot_share_is_told_and_packed_without(
@@ -230,8 +244,8 @@ def test_a_model_that_cannot_share_is_told_and_packed_without(
 ) -> None:
     monkeypatch.setattr(console, "width", 500)  # no sentence is folded
     finetune(recipe())
-    assert "what rows begin with alike computed once" in capsys.readouterr().out
-    for broken in (lambda _: None, spoilt):
+    assert "on: no padding, common prefixes once, at most" in capsys.readouterr().out
+    for broken in (lambda _: None, spoilt, partial(spoilt, borrowers_only=True)):
         monkeypatch.setattr("vlmtune.model.compute_once", broken)
         run = finetune(recipe(), overwrite=True)
         said = capsys.readouterr().out
@@ -239,8 +253,8 @@ def test_a_model_that_cannot_share_is_told_and_packed_without(
         assert run.trainer.plan.packed
 
 
-def spoilt(decoder: Any) -> None:
-    """Takes the right tokens, and gives other ones back."""
+def spoilt(decoder: Any, *, borrowers_only: bool = False) -> None:
+    """Takes the right tokens, and gives other ones back: everywhere, or only where another row has computed them."""
 
     def take(module: Any, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         unique = inputs.get("unique")
@@ -251,8 +265,48 @@ def spoilt(decoder: Any) -> None:
 
     def give(module: Any, args: Any, inputs: dict[str, Any], output: Any) -> Any:
         if "unique" in inputs:
-            output.last_hidden_state = output.last_hidden_state[:, inputs["inverse"].flip(0)]
+            inverse = inputs["inverse"]
+            borrowed = inputs["unique"][inverse] != torch.arange(len(inverse))
+            output.last_hidden_state = output.last_hidden_state[:, inverse if borrowers_only else inverse.flip(0)]
+            output.last_hidden_state = torch.where(borrowed[:, None] & borrowers_only, 0.0, output.last_hidden_state)
         return output
 
     decoder.register_forward_pre_hook(take, with_kwargs=True)
     decoder.register_forward_hook(give, with_kwargs=True)
+
+
+def test_the_row_that_is_held_against_itself_is_one_that_borrows(recipe: MakeRecipe) -> None:
+    checked = load_recipe(recipe())
+    model, processor, family = load_model(checked)
+    attend_by_row(model)
+    assert share_prefixes_in(model)
+    packing = PackingCollator(MultimodalCollator(processor, family), positions_model(model), shares=True)
+    rows = usable_rows(checked, 0, check_images=False).train
+    for pair in ([rows[0], rows[1]], [rows[1], rows[0]]):
+        assert packing_fault(model, packing, pair) is None
+    spoilt_model, _, _ = load_model(checked)
+    attend_by_row(spoilt_model)
+    spoilt(spoilt_model.get_base_model().base_model.get_decoder(), borrowers_only=True)
+    for pair in ([rows[0], rows[1]], [rows[1], rows[0]]):
+        assert packing_fault(spoilt_model, packing, pair) == "a packed row comes out other than by itself"
+
+
+def test_a_decoder_that_is_called_by_place_gets_the_same() -> None:
+    decoder = Decoder()
+    compute_once(decoder)
+    batch = {**shared([7, 8, 9], [7, 8, 4, 6])}
+    ids, keys = batch.pop("input_ids"), ("unique", "inverse")
+    inputs = {name: batch[name] for name in keys}
+    for output in (decoder(ids, **inputs), decoder(input_ids=ids, **inputs)):
+        assert decoder.seen == [[7, 8, 9, 4, 6]]
+        assert output.last_hidden_state.tolist() == ids.tolist()
+    with pytest.raises(ValueError, match=r"`attention_mask` is \[1, 1, 7, 7\], and the pack has 7 tokens"):
+        decoder(ids, torch.ones(1, 1, 7, 7), **inputs)
+
+
+class Decoder(nn.Module):
+    """Gives its tokens back as if they were states."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> SimpleNamespace:
+        self.seen = input_ids.tolist()
+        return SimpleNamespace(last_hidden_state=input_ids)

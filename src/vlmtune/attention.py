@@ -76,7 +76,7 @@ def packed_attention(
         sights: of cross-attention, which tokens see which tiles; together they are all tokens.
         tiles: of all pictures in the pack.
         inverse: `[keys]`, where rows begin alike: which of the seq tokens each of the rows' tokens is (`prefixes`).
-        computed: how many of each row's last tokens are among the seq; in place of `segments`, which sum up to keys.
+        computed: how many of each row's last tokens are among the seq; `segments` sum up to keys then.
         cu_seq_lens_q: `[rows + 1]`, int32, the rows' borders among the queries, for kernels that take them.
         cu_seq_lens_k: the same among the keys.
         max_length_q: most queries of a row.
@@ -96,6 +96,8 @@ def packed_attention(
     if looks is not None:
         return _look(module, query, key, value, looks, key.shape[2] // max(tiles, 1), chosen, options), None
     if inverse is not None:
+        if attention_mask is not None:
+            raise ValueError("rows that share prefixes are told apart by their lengths, and a mask is given")
         key, value = (_repeated(tensor, inverse) for tensor in (key, value))
     if chosen == "varlen":
         assert cu_seq_lens_q is not None
@@ -201,7 +203,8 @@ def _written_out(
         count = block.shape[2]
         seen, added = key.shape[2], None  # keys, and what is added to their scores
         if causal:
-            seen = min(before + start + count, seen)
+            stop = before + start + count
+            seen = min(stop + -stop % GRAIN, seen)
             added = query.new_full((count, seen), float("-inf")).triu_(before + start + 1).repeat(shared, 1)
         elif mask is not None:
             seen, added = _masked(mask[:, :, start : start + count], there, count)
@@ -226,12 +229,15 @@ def _masked(mask: Tensor, there: int, count: int) -> tuple[int, Tensor | None]:
         count: how many queries the block has, those among them that fill it up.
 
     """
-    highest = mask.amax(2).amax((0, 1))  # in one go a CPU takes twenty times as long
-    places = (highest > torch.finfo(mask.dtype).min).nonzero()
-    seen = int(places[-1]) + 1 if len(places) else there
+    seen = there
+    if not mask.is_meta:  # a plan knows no values
+        highest = mask.amax(2).amax((0, 1))  # in one go a CPU takes twenty times as long
+        places = (highest > torch.finfo(mask.dtype).min).nonzero()
+        seen = int(places[-1]) + 1 if len(places) else there
+        whole = seen + -seen % GRAIN
+        if whole <= there and not highest[:whole].any() and not mask[..., :seen].amin():
+            return whole, None
     mask, seen = mask[..., :seen], seen + -seen % GRAIN
-    if seen <= there and not highest[:seen].any() and not mask.amin():
-        return seen, None
     return seen, nn.functional.pad(_behind(mask, seen), (0, 0, 0, count - mask.shape[2]))
 
 

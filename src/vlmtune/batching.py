@@ -146,7 +146,7 @@ def batching(
     plan = micro_batches(recipe, config, lengths, packed=packed)
     if packed:
         padding = f"padding only to a multiple of {multiple}" if multiple > 1 else "no padding"
-        shared = ", what rows begin with alike computed once" if packing.shares else ""
+        shared = ", common prefixes once" if packing.shares else ""
         return Batching(packing, collator, plan, f"on: {padding}{shared}, at most {plan.largest:,} tokens a micro-batch")
     return Batching(collator, collator, plan, f"off: {obstacle}" if obstacle else "off")
 

@@ -532,14 +532,16 @@ def attend_by_row(model: PeftModel) -> None:
 def share_prefixes_in(model: PeftModel) -> bool:
     """Has the language model compute once what rows of a pack begin with alike, and tells whether it is one that may.
 
-    Its attention has to be the one that knows of it, over all of a row: with a sliding window a mask of all tokens would be
-    needed. Where pictures are looked at by cross-attention, tokens before a picture see it too.
+    Its attention has to be the one that knows of it, over all of a row: a sliding window or chunks would need a mask of all
+    tokens, and other layers than attention know nothing of it. Where pictures are looked at by cross-attention, tokens before a
+    picture see it too. A mixture of experts is balanced over all tokens.
     """
     base: Any = model.get_base_model()
     text = base.config.get_text_config()
-    if text._attn_implementation != IMPLEMENTATION or hasattr(text, "cross_attention_layers"):
-        return False
-    if getattr(text, "sliding_window", None) is not None:
+    others = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+    bounded = any(getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    unlike = any(hasattr(text, name) for name in ("cross_attention_layers", "output_router_logits"))
+    if text._attn_implementation != IMPLEMENTATION or others or bounded or unlike:
         return False
     compute_once(base.base_model.get_decoder())
     return True

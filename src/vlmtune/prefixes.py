@@ -6,6 +6,7 @@ are the same, and a language model need not compute them again: the keys and val
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -57,7 +58,10 @@ def share_prefixes(batch: Mapping[str, Any], *, image_token_ids: Collection[int]
 
 
 def compute_once(decoder: nn.Module) -> None:
-    """Has a language model leave out what `share_prefixes` says, and give its results back at every token."""
+    """Has a language model leave out what `share_prefixes` says, and give its results back at every token.
+
+    To be called once, before other hooks behind it: they see all tokens.
+    """
     decoder.register_forward_pre_hook(_take_unique, with_kwargs=True)
     decoder.register_forward_hook(_give_back, with_kwargs=True)
 
@@ -66,8 +70,12 @@ def _take_unique(module: nn.Module, args: Any, inputs: dict[str, Any]) -> tuple[
     unique = inputs.get("unique")
     if unique is None:
         return args, inputs
-    taken = {name: inputs[name].index_select(dim, unique) for name, dim in SEQ.items() if inputs.get(name) is not None}
-    return args, {**inputs, **taken}
+    inputs = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | inputs
+    of_tokens = {name: dim for name, dim in SEQ.items() if inputs.get(name) is not None}
+    for name, dim in of_tokens.items():
+        if inputs[name].shape[dim] != len(inputs["inverse"]):  # a GPU would not say it before it is too late
+            raise ValueError(f"`{name}` is {list(inputs[name].shape)}, and the pack has {len(inputs['inverse'])} tokens")
+    return (), inputs | {name: inputs[name].index_select(dim, unique) for name, dim in of_tokens.items()}
 
 
 def _give_back(module: nn.Module, args: Any, inputs: Mapping[str, Any], output: Any) -> Any:
