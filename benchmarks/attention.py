@@ -22,7 +22,7 @@ HEADS = {"Qwen2-VL-7B": (28, 4, 128), "Llama-3.2-11B-Vision": (32, 8, 128), "an 
 LENGTHS = (128, 256, 512, 1024)
 LOOKS = {"an eighth of Llama-3.2-11B-Vision": (8, 2, 64), "Llama-3.2-11B-Vision": (32, 8, 128)}
 LOOKED_AT = ((40, 1768), (160, 442), (300, 442), (80, 6404))  # tokens, and patches that they see
-TOWERS = {  # pictures at once, heads, patches of a picture, width of a head; where there is a mask, patches that fill nothing up
+TOWERS = {  # pictures at once, heads, patches of a picture, width of a head; with a mask, patches that fill nothing up
     "an eighth of Qwen2-VL-7B": (1, 2, 576, 80, None),
     "an eighth of Llama-3.2-11B-Vision": (2, 2, 1792, 80, 442),
     "an eighth of Pixtral-12B": (1, 2, 882, 64, 882),

@@ -282,7 +282,7 @@ def train(setting: Setting, recipe: Any) -> tuple[dict[str, int], tuple[Any, ...
 
     from vlmtune import training
     from vlmtune.batching import usable_rows
-    from vlmtune.collator import MultimodalCollator
+    from vlmtune.collator import MultimodalCollator, PackingCollator
     from vlmtune.model import load_base, load_model, load_processor
     from vlmtune.trainer import sft_config
 
@@ -300,6 +300,8 @@ def train(setting: Setting, recipe: Any) -> tuple[dict[str, int], tuple[Any, ...
         trainer = whole_trainer(setting, model, config, split.train, processor, batches)
     else:
         split, batches, _ = training._prepared(recipe, config, model, split, prompter, None)
+        if isinstance(batches.collator, PackingCollator):  # a plan counts rows as if they shared nothing
+            batches = replace(batches, collator=replace(batches.collator, shares=False))
         last = training._last_mlp(model, family, batches, split)
         trainer = training._trainer(recipe, config, model, split, prompter, batches, last)
     batches = replace(batches, collator=in_torchs_memory(batches.collator))
