@@ -392,6 +392,7 @@ def count_rows(family: str, checkpoint: Path, rows: Path) -> list[dict[str, int]
     from transformers import AutoProcessor
 
     from vlmtune import MultimodalCollator
+    from vlmtune.prefixes import common_prefix
 
     processor = AutoProcessor.from_pretrained(checkpoint)
     counts: list[dict[str, int]] = []
@@ -404,7 +405,7 @@ def count_rows(family: str, checkpoint: Path, rows: Path) -> list[dict[str, int]
         batch = batches["all"]
         text = takewhile(lambda token: token not in collators["all"].never_trained, batch["input_ids"][0].tolist())
         before, last = [] if family == "mllama" else list(text), before
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, last, strict=False)))
+        shared = common_prefix(before, last)
         sizes = {"tokens": batch["input_ids"].shape[1], "patches": _patches(family, batch)}
         counts.append({**sizes, **trained, "shared": shared})
     return counts

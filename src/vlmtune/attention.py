@@ -169,9 +169,8 @@ def _attend(
     size = (query.shape[2], key.shape[2])
     known = size[0] + before == size[1] if causal else mask is None or (mask.ndim == 4 and mask.shape[2:] == size)
     if kernel != "written out" or size[0] == 1 or not known or not _has_room(query, key, value):
-        if before:
-            mask = torch.ones(size, dtype=torch.bool, device=query.device).tril(before)[None, None]
-        return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
+        query = nn.functional.pad(query, (0, 0, before, 0)) if before else query  # to be square, by which it needs no mask
+        return sdpa_attention_forward(module, query, key, value, mask, **options)[0][:, before:]
     return _written_out(query, key, value, mask, causal=causal, before=before, scaling=options.get("scaling"))
 
 

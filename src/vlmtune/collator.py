@@ -22,7 +22,7 @@ from vlmtune.escape import Escape
 from vlmtune.families import Family, find_family
 from vlmtune.families.text import PLAIN
 from vlmtune.features import FeatureStore
-from vlmtune.prefixes import share_prefixes
+from vlmtune.prefixes import common_prefix, share_prefixes
 from vlmtune.sizes import TokenCounter, blank, without_pixels
 from vlmtune.tools import marked, with_tools
 
@@ -146,8 +146,7 @@ class MultimodalCollator:
         whole = self._encode([row], pixels=False)["input_ids"][0]
         asked = {**row, "messages": row["messages"][:-1]}
         prompt = self._encode([asked], pixels=False, add_generation_prompt=True)["input_ids"][0]
-        both = min(len(whole), len(prompt))
-        same = int((whole[:both] == prompt[:both]).long().cumprod(0).sum())
+        same = common_prefix(whole.tolist(), prompt.tolist())
         return self.tokenizer.decode(whole[same:], skip_special_tokens=True).strip()
 
     @cached_property

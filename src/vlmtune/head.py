@@ -40,7 +40,7 @@ class Head:
             last_mlp.register_forward_pre_hook(self._take_trained)
             last_mlp.register_forward_hook(self._put_back)
         self._trained: Tensor | None = None  # positions in the batch, flattened; None leaves all
-        self._computed: Tensor | None = None  # where these are among the tokens that the layers compute
+        self._in_mlp: Tensor | None = None  # where these are among the tokens that the layers compute
         self._multiple = 1  # of so many, by zeros behind them
         self._shape = torch.Size()  # of the states that the last MLP's were taken from
         self._stays = False  # chosen, until a step is over
@@ -56,7 +56,7 @@ class Head:
         targets = pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE).flatten()
         self._trained = (targets != IGNORE).nonzero().flatten()
         inverse = inputs.get("inverse")
-        self._computed = self._trained if inverse is None else inverse[self._trained].unique()
+        self._in_mlp = self._trained if inverse is None else inverse[self._trained].unique()
         self._multiple = multiple
         return {name: values for name, values in inputs.items() if name != "labels"} | {
             "shift_labels": pad(targets[self._trained], (0, -len(self._trained) % multiple), value=IGNORE)[None]
@@ -96,7 +96,7 @@ class Head:
     def rest(self) -> None:
         """Leaves states and logits as they are, until the next `choose`."""
         if not self._stays:
-            self._trained = self._computed = self._targets = None
+            self._trained = self._in_mlp = self._targets = None
 
     def _leave_trained(self, module: nn.Module, args: Any, output: Any) -> Any:
         if self._trained is not None:
@@ -104,17 +104,17 @@ class Head:
         return output
 
     def _take_trained(self, module: nn.Module, args: Any) -> Any:
-        if self._computed is None:
+        if self._in_mlp is None:
             return args
         self._shape = args[0].shape
-        return (self._chosen(args[0], self._computed),)
+        return (self._chosen(args[0], self._in_mlp),)
 
     def _put_back(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """Zeros elsewhere, which the residual is added to and nobody reads."""
-        if self._computed is None:
+        if self._in_mlp is None:
             return output
         everywhere = output.new_zeros(self._shape).flatten(0, 1)
-        return everywhere.index_copy_(0, self._computed, output[0, : len(self._computed)]).view(self._shape)
+        return everywhere.index_copy_(0, self._in_mlp, output[0, : len(self._in_mlp)]).view(self._shape)
 
     def _chosen(self, states: Tensor, places: Tensor) -> Tensor:
         """`[batch, seq, hidden]` → `[1, places, hidden]`."""

@@ -7,8 +7,8 @@ are the same, and a language model need not compute them again: the keys and val
 from __future__ import annotations
 
 import inspect
+from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ SEQ = {"input_ids": 1, "inputs_embeds": 1, "attention_mask": 1, "position_ids": 
 def share_prefixes(batch: Mapping[str, Any], *, image_token_ids: Collection[int]) -> dict[str, Any]:
     """The packed batch, and which of its tokens are computed.
 
-    A row's last token and all from its first picture on are computed in any case.
+    A row takes what it begins with from the row before it that it has most in common with. Its last token, and all from its
+    first picture on, are computed in any case.
 
     Args:
         batch: as `batch.flatten` makes it.
@@ -36,22 +37,24 @@ def share_prefixes(batch: Mapping[str, Any], *, image_token_ids: Collection[int]
 
     """
     ids, segments = batch["input_ids"][0], batch["segments"]
-    of_pictures = torch.isin(ids, torch.tensor(sorted(image_token_ids), dtype=ids.dtype)).split(segments)
-    texts = [_text(*row) for row in zip(ids.split(segments), of_pictures, strict=True)]
-    starts = [0, *torch.tensor(segments).cumsum(0).tolist()]
-    order = sorted(range(len(texts)), key=texts.__getitem__)  # a row has most in common with the one before
-    alike = {row: (before, _common(texts[before], texts[row])) for before, row in pairwise(order)}
-    computed = torch.ones_like(ids, dtype=torch.bool)
-    for row, (_, count) in alike.items():
-        computed[starts[row] : starts[row] + count] = False
-    inverse = computed.cumsum(0) - 1
-    for row, (before, count) in alike.items():  # in this order: the one before may be like another
-        inverse[starts[row] : starts[row] + count] = inverse[starts[before] : starts[before] + count]
-    unique = computed.nonzero().flatten()
+    of_pictures = torch.isin(ids, torch.tensor(sorted(image_token_ids), dtype=ids.dtype))
+    places = torch.arange(len(ids))  # where each token is computed
+    known: list[tuple[list[int], int]] = []  # the texts of the rows before, in order, and where these rows begin
+    lengths: list[int] = []
+    start = 0
+    for row, pictures in zip(ids.split(segments), of_pictures.split(segments), strict=True):
+        text = _text(row, pictures)
+        here = bisect_left(known, (text, start))  # between the two that it has most in common with
+        alike = [(common_prefix(text, other), first) for other, first in known[max(here - 1, 0) : here + 1]]
+        count, first = max(alike, default=(0, 0))
+        places[start : start + count] = places[first : first + count]
+        known.insert(here, (text, start))
+        lengths.append(len(row) - count)
+        start += len(row)
     positions = batch["position_ids"]
-    if len(unique) == len(ids) or not torch.equal(positions[..., unique][..., inverse], positions):
+    if sum(lengths) == len(ids) or not torch.equal(positions[..., places], positions):
         return dict(batch)
-    lengths = [int(row.sum()) for row in computed.split(segments)]
+    unique, inverse = places.unique(return_inverse=True)
     borders = torch.tensor([0, *lengths]).cumsum(0).int()
     flash = {"cu_seq_lens_q": borders, "max_length_q": max(lengths)}
     return {**batch, **flash, "unique": unique, "inverse": inverse, "computed": lengths}
@@ -90,7 +93,12 @@ def _text(ids: Tensor, of_pictures: Tensor) -> list[int]:
     return ids[: int(pictures[0]) if len(pictures) else -1].tolist()
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two rows begin with alike."""
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with alike.
+
+    >>> common_prefix([7, 8, 9], [7, 8, 5, 6])
+    2
+
+    """
     both = min(len(one), len(other))
     return next((place for place in range(both) if one[place] != other[place]), both)

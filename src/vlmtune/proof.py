@@ -23,17 +23,13 @@ CANNOT = (TypeError, AttributeError, ValueError, RuntimeError, KeyError, IndexEr
 def packing_fault(model: PeftModel, collator: PackingCollator, rows: Sequence[Row]) -> str | None:
     """What is wrong when these rows are packed: the last one sees another, or comes out other than by itself. None: nothing.
 
-    Where the collator shares prefixes, the rows have to have one, and the last is a row for which another computes it.
+    Where the collator shares prefixes, the rows have to have one, which the last row then takes from the other.
     """
     family = collator.collator.family
     try:
         packed = collator(rows)
         if collator.shares and "unique" not in packed:
             return "the rows have no beginning in common"
-        if collator.shares:
-            borrows = [computed < length for computed, length in zip(packed["computed"], packed["segments"], strict=True)]
-            rows = [rows[place] for place in sorted(range(len(rows)), key=borrows.__getitem__)]
-            packed = collator(rows)
         alone = collator.collator(rows[-1:])
         length = int(alone["attention_mask"].sum())
         end = int(packed.get("attention_mask", torch.ones_like(packed["input_ids"])).sum())
