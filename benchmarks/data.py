@@ -13,15 +13,19 @@ SYLLABLES = ["ba", "ke", "lo", "mi", "nu", "ra", "se", "ti", "vo", "zu", "pan", 
 COLOURS = ["black", "white", "red", "green", "blue", "yellow", "grey", "brown"]
 
 
-def make_rows(family: str, count: int, directory: Path, *, seed: int = 0) -> Path:
-    """`rows.jsonl` and `pictures/`: OpenAI's messages, `<image>` in the question, paths of the pictures beside them."""
+def make_rows(family: str, count: int, directory: Path, *, questions: int = 1, seed: int = 0) -> Path:
+    """`rows.jsonl` and `pictures/`: OpenAI's messages, `<image>` in the question, paths of the pictures beside them.
+
+    So many rows, one after the other, have the same picture.
+    """
     chance = random.Random(seed)
     (directory / "pictures").mkdir(parents=True, exist_ok=True)
     lines: list[str] = []
     for number in range(count):
-        path = Path("pictures") / f"{number:05d}.jpg"
+        path = Path("pictures") / f"{number // questions:05d}.jpg"
         low, high = EDGES[family]
-        _picture(chance, chance.randint(low, high), chance.randint(low, high)).save(directory / path, quality=90)
+        if number % questions == 0:
+            _picture(chance, chance.randint(low, high), chance.randint(low, high)).save(directory / path, quality=90)
         title, features = _words(chance, 12, 0.3), _words(chance, 24, 0.9)
         question = f"<image>Write a short product description.\nName: {title.title()}\nAbout: {features}"
         messages = [

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -178,9 +177,9 @@ def useful_flops(family: str, rows: Sequence[Mapping[str, int]], *, epochs: int,
     for row in rows:
         work, shared = flops(sizes, Row(row["tokens"], row["patches"], row[labels])), row["shared"]
         alike = flops(sizes, Row(shared, 0, 0))["language"]
-        own = row[labels] - (shared if labels == "all" else 0)
+        own = row[labels] - (shared - row["shown"] if labels == "all" else 0)
         idle = 4 * sizes.language.mlp_parameters * (row["tokens"] - shared - own)
-        total += work["vision"] + epochs * (work["language"] - alike - idle + work["head"])
+        total += work["vision"] * (1 - row["again"]) + epochs * (work["language"] - alike - idle + work["head"])
     return total
 
 
@@ -386,8 +385,8 @@ def _pixtral(sizes: Sizes, tokenizer: Any) -> Any:
 def count_rows(family: str, checkpoint: Path, rows: Path) -> list[dict[str, int]]:
     """Of every row `tokens`, `patches`, and the positions with a label under each rule, `all` and `answers`.
 
-    `shared` are the first tokens, those before a picture, in which it is like the row before. Mllama has none: all its tokens
-    see the picture.
+    `shared` are the first tokens in which it is like the row before, of which `shown` stand for the same picture; none behind
+    another, and none of Mllama, whose tokens all see the picture. `again` is 1 where the row before shows the picture too.
     """
     from transformers import AutoProcessor
 
@@ -396,18 +395,22 @@ def count_rows(family: str, checkpoint: Path, rows: Path) -> list[dict[str, int]
 
     processor = AutoProcessor.from_pretrained(checkpoint)
     counts: list[dict[str, int]] = []
-    before: list[int] = []
+    before: list[Any] = []
+    seen: list[str] = []
     collators = {"all": MultimodalCollator(processor, family, True), "answers": MultimodalCollator(processor, family, False)}
     for line in rows.read_text(encoding="utf-8").splitlines():
-        row = {"messages": _with_parts(json.loads(line), rows.parent)}
+        parsed = json.loads(line)
+        row = {"messages": _with_parts(parsed, rows.parent)}
+        seen, again = parsed["images"], parsed["images"] == seen
         batches = {rule: collator([row]) for rule, collator in collators.items()}
         trained = {rule: int((batch["labels"][:, 1:] != -100).sum()) for rule, batch in batches.items()}
         batch = batches["all"]
-        text = takewhile(lambda token: token not in collators["all"].never_trained, batch["input_ids"][0].tolist())
-        before, last = [] if family == "mllama" else list(text), before
+        told = [(seen, token) if token in collators["all"].never_trained else token for token in batch["input_ids"][0].tolist()]
+        before, last = [] if family == "mllama" else told, before
         shared = common_prefix(before, last)
+        shown = sum(isinstance(token, tuple) for token in told[:shared])
         sizes = {"tokens": batch["input_ids"].shape[1], "patches": _patches(family, batch)}
-        counts.append({**sizes, **trained, "shared": shared})
+        counts.append({**sizes, **trained, "shared": shared, "shown": shown, "again": int(again)})
     return counts
 
 

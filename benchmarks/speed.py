@@ -104,7 +104,7 @@ def main() -> None:
     report: dict[str, Any] = {
         "machine": machine(options.threads),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "settings": {"rows": options.rows, "epochs": options.epochs, "batch": options.batch},
+        "settings": {"rows": options.rows, "questions": options.questions, "epochs": options.epochs, "batch": options.batch},
         "families": {},
     }
     report["settings"] |= {"accumulation": options.accumulation, "learning_rate": options.learning_rate}
@@ -124,6 +124,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("build/speed"), help="where models, rows, logs and speed.json go")
     parser.add_argument("--picture", type=Path, help="PNG of the bars (default: performance.png in --out)")
     parser.add_argument("--rows", type=int, default=48)
+    parser.add_argument("--questions", type=int, default=1, help="rows that show the same picture")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--accumulation", type=int, default=4)
@@ -153,9 +154,10 @@ def measure_family(
 ) -> dict[str, Any]:
     place = options.out.absolute() / family
     shutil.rmtree(place, ignore_errors=True)
-    rows = make_rows(family, options.rows, place / "data")
+    rows = make_rows(family, options.rows, place / "data", questions=options.questions)
     checkpoint = make_checkpoint(family, place / "model")
     counts = count_rows(family, checkpoint, rows)
+    grouped = options.questions > 1 and family != "mllama"
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name, one in chosen.items() if family in one.families}
     gemm: list[float] = []
     for repeat in range(options.repeats):
@@ -163,7 +165,8 @@ def measure_family(
             one = chosen.get(name, Contender("gemm.py", "all"))
             work = place / f"{name}-{repeat}"
             work.mkdir()
-            extra = dict(pair.split("=", 1) for pair in options.vlmtune) if one.script == "ours.py" else {}
+            own = [*options.vlmtune, *(["packing.group_by_image=true"] if grouped else [])]
+            extra = dict(pair.split("=", 1) for pair in own) if one.script == "ours.py" else {}
             job = Job(
                 family=family,
                 labels=one.labels,

@@ -450,7 +450,8 @@ def test_fault_the_same_row_twice(admitted: Admit) -> None:
     assert finding.verdict == "warning"
     assert finding.found.startswith("row 3 of given.jsonl (as row 1 of given.jsonl): the same pictures and texts again")
     other_question = [*rows[:2], {"messages": [said("user", "C?", red), said("assistant", "B")]}]
-    assert told(with_rows(admitted(), other_question), "images: duplicates").found.endswith("3 pictures, 2 of them distinct")
+    found = told(with_rows(admitted(), other_question), "images: duplicates").found
+    assert found.endswith("3 pictures, 2 of them distinct; `packing.group_by_image` has those of a pack computed once")
 
 
 def test_fault_the_same_picture_to_train_and_to_evaluate(admitted: Admit, colours: Path) -> None:

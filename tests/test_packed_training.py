@@ -71,6 +71,17 @@ MIXED = [
 ]
 
 
+OF_ONE_PICTURE = [
+    row([noise(1)], "What?", "A cat."),
+    row([noise(4), noise(5, (70, 33))], "Which of these two?", "Both."),
+    row([noise(1)], "What colour has it, do you think?", "It is grey."),
+    row([noise(2, (60, 40))], "What?", "A dog."),
+    row([noise(5, (70, 33)), noise(4)], "Which of these two?", "Neither, they are other ones."),
+    row([noise(4), noise(5, (70, 33))], "Which of these two is it?", "The first."),
+    row([noise(1)], "What?", "A cat, and a very small one."),
+]
+
+
 # ---- models
 
 
@@ -176,6 +187,20 @@ def test_packed_rows_with_two_one_and_no_pictures_learn_what_each_learns_alone(
     loaded = load(kind)
     packed = loaded.learn(loaded.pack(MIXED, train_on_inputs=train_on_inputs))
     same(packed, loaded.learn_alone(MIXED, train_on_inputs=train_on_inputs))
+
+
+@pytest.mark.parametrize("train_on_inputs", [False, True])
+@pytest.mark.parametrize("kind", [*SEEING, "qwen3_vl"])
+def test_rows_that_show_the_same_pictures_learn_what_each_learns_alone(load: Load, kind: str, train_on_inputs: bool) -> None:
+    loaded = load(kind)
+    pack = loaded.pack(OF_ONE_PICTURE, train_on_inputs=train_on_inputs)
+    same(loaded.learn(pack), loaded.learn_alone(OF_ONE_PICTURE, train_on_inputs=train_on_inputs))
+    assert loaded.shares == (kind != "mllama")
+    if loaded.shares:
+        image_ids = torch.tensor(sorted(loaded.padded[False].never_trained))
+        distinct = loaded.pad([OF_ONE_PICTURE[place] for place in (0, 1, 3, 4)])
+        computed = pack["input_ids"][0, pack["unique"]]
+        assert torch.isin(computed, image_ids).sum() == torch.isin(distinct["input_ids"], image_ids).sum()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -219,6 +219,65 @@ def test_a_step_with_fewer_rows_stays_last_even_where_it_is_the_costliest() -> N
     assert made.largest == 9
 
 
+# ---- rows that are better together
+
+
+def grouped(lengths: list[int], together: list[int], **overrides: Any) -> BatchPlan:
+    return plan(lengths, together=together, **overrides)
+
+
+def test_rows_of_a_number_come_one_after_the_other_and_in_one_micro_batch() -> None:
+    made = grouped([5] * 16, [row % 4 for row in range(16)], rows_per_step=8, max_tokens=20)
+    assert made.micro_batches == 2
+    for epoch in range(2):
+        for step in made.steps(epoch):
+            assert all(len({row % 4 for row in rows}) == 1 for (rows,) in step)
+    assert made.steps(0) != made.steps(1)
+
+
+def test_no_more_come_together_than_a_micro_batch_or_a_step_holds() -> None:
+    numbers = [0] * 12 + [*range(1, 13)]  # twelve alike among as many that are not
+    for max_tokens, most in ((100, 4), (15, 3), (5, 1)):
+        made = grouped([5] * 24, numbers, rows_per_step=4, max_tokens=max_tokens)
+        sizes = [len(rows) for rows in made._bundles(list(range(24)), 4) if rows[0] < 12]
+        assert sizes == [most] * (12 // most)
+
+
+def test_rows_that_come_as_they_lie_stay_so_and_go_together_within_their_step() -> None:
+    made = grouped([5] * 8, [0, 1, 0, 1, 2, 3, 2, 3], max_tokens=10, shuffle=False)
+    assert row_sets(made, 0) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert made.steps(0) == [[[[0, 2]], [[1, 3]]], [[[4, 6]], [[5, 7]]]]
+
+
+def test_what_would_need_more_micro_batches_is_parted() -> None:
+    made = grouped([5] * 4, [0, 0, 0, 1], max_tokens=10, shuffle=False)
+    assert made.micro_batches == 2
+    assert sorted(map(sorted, made.steps(0)[0][0] + made.steps(0)[0][1])) in ([[0, 1], [2, 3]], [[0, 2], [1, 3]], [[0, 3], [1, 2]])
+
+
+@given(plans(packed=True), st.data())
+@settings(max_examples=150, deadline=None)
+def test_what_is_together_changes_no_count_and_no_budget(made: BatchPlan, data: st.DataObject) -> None:
+    count = len(made.lengths)
+    numbers = data.draw(st.lists(st.integers(0, 5), min_size=count, max_size=count))
+    taken = ("rows_per_step", "max_tokens", "epochs", "seed", "shuffle", "world")
+    try:
+        with_it = grouped(list(made.lengths), numbers, **{name: getattr(made, name) for name in taken})
+    except ValueError as error:
+        assert "micro-batches" in str(error)  # of another order's steps
+        assert made.shuffle
+        return
+    assert len(with_it) == len(list(with_it))
+    if not made.shuffle:
+        assert with_it.micro_batches == made.micro_batches
+        assert row_sets(with_it, 0) == row_sets(made, 0)
+    for epoch in range(made.epochs):
+        assert sorted(chain(*row_sets(with_it, epoch))) == list(range(count))
+        for step in with_it.steps(epoch):
+            assert max(costs(with_it, step)) <= with_it.largest <= with_it.max_tokens
+            assert all(len(slot) == made.world and all(slot) for slot in step)
+
+
 def test_rows_left_over_that_give_not_every_process_one_join_the_step_before() -> None:
     sizes = [len(rows) for rows in row_sets(plan(SIXTEEN[:9], world=2, shuffle=False), 0)]
     assert sizes == [4, 5]

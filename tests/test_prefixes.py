@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,16 +14,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from test_attention import DEVICES, layer, tensors
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from vlmtune import MultimodalCollator, batching, finetune, load_recipe
+from vlmtune import MultimodalCollator, batching, collator, finetune, load_recipe
 from vlmtune.attention import BLOCK, packed_attention
 from vlmtune.batch import fill_up, flatten
 from vlmtune.batching import usable_rows
 from vlmtune.collator import PackingCollator
 from vlmtune.console import console
+from vlmtune.errors import RecipeError
 from vlmtune.model import attend_by_row, load_model, positions_model, share_prefixes_in
 from vlmtune.prefixes import compute_once, share_prefixes
 from vlmtune.proof import packing_fault
@@ -38,8 +42,9 @@ def pack(*rows: list[int]) -> dict[str, Any]:
     return flatten({"input_ids": ids, "attention_mask": mask, "labels": ids})
 
 
-def shared(*rows: list[int]) -> dict[str, Any]:
-    return share_prefixes(pack(*rows), image_token_ids={PICTURE})
+def shared(*rows: list[int], pictures: Sequence[str] | None = None) -> dict[str, Any]:
+    """Each with a picture of its own, unless it is said which."""
+    return share_prefixes(pack(*rows), image_token_ids={PICTURE}, pictures=pictures or range(len(rows)))
 
 
 # ---- which tokens
@@ -69,7 +74,7 @@ def test_each_row_shares_with_the_one_that_is_most_like_it() -> None:
     "rows",
     [
         ([1, 2, 3], [2, 2, 3]),
-        ([PICTURE, 2, 3], [PICTURE, 2, 3]),  # another picture, perhaps
+        ([PICTURE, 2, 3], [PICTURE, 2, 3]),  # of another picture
         ([4], [4]),
         ([4, 5, 6],),
     ],
@@ -78,7 +83,16 @@ def test_rows_that_do_not_begin_alike_stay_as_they_are(rows: tuple[list[int], ..
     assert shared(*rows).keys() == pack(*rows).keys()
 
 
-def test_pictures_and_the_last_token_are_each_row_s_own() -> None:
+def test_a_picture_that_two_rows_show_is_computed_in_one_of_them() -> None:
+    rows = ([7, PICTURE, PICTURE, 8, 1], [7, PICTURE, PICTURE, 8, 2], [7, PICTURE, PICTURE, 9, 1])
+    batch = shared(*rows, pictures=["cat", "cat", "cat"])
+    assert batch["computed"] == [5, 1, 2]
+    assert batch["inverse"].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 5, 0, 1, 2, 6, 7]
+    assert shared(*rows, pictures=["cat", "dog", "cat"])["computed"] == [5, 4, 2]
+    assert shared(*rows, pictures=["cat", "dog", "cow"])["computed"] == [5, 4, 4]
+
+
+def test_other_pictures_and_the_last_token_are_each_row_s_own() -> None:
     assert shared([1, 2, PICTURE, 3], [1, 2, PICTURE, 3])["computed"] == [4, 2]
     assert shared([1, 2, 3], [1, 2, 3])["computed"] == [3, 1]
     assert shared([1, 2], [1, 2, 3])["computed"] == [2, 2]
@@ -87,16 +101,21 @@ def test_pictures_and_the_last_token_are_each_row_s_own() -> None:
 def test_rows_whose_positions_differ_are_not_alike() -> None:
     batch = pack([1, 2, 3], [1, 2, 4])
     elsewhere = {**batch, "position_ids": torch.arange(6)[None]}
-    assert "unique" in share_prefixes(batch, image_token_ids=[])
-    assert "unique" not in share_prefixes(elsewhere, image_token_ids=[])
+    assert "unique" in share_prefixes(batch, image_token_ids=[], pictures=[(), ()])
+    assert "unique" not in share_prefixes(elsewhere, image_token_ids=[], pictures=[(), ()])
 
 
-@given(rows=st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=9), min_size=1, max_size=6))
-def test_a_token_is_only_ever_taken_for_one_with_the_same_tokens_before_it(rows: list[list[int]]) -> None:
-    batch = share_prefixes(pack(*rows), image_token_ids={3})
+ROWS = st.lists(st.tuples(st.lists(st.integers(1, 3), min_size=1, max_size=9), st.integers(0, 2)), min_size=1, max_size=6)
+
+
+@given(ROWS)
+def test_a_token_is_only_ever_taken_for_one_with_the_same_before_it(given_rows: list[tuple[list[int], int]]) -> None:
+    rows, pictures = zip(*given_rows, strict=True)
+    batch = share_prefixes(pack(*rows), image_token_ids={3}, pictures=pictures)
     if "unique" not in batch:
         return
-    before = [row[: place + 1] for row in rows for place in range(len(row))]
+    sights = [[(token, shown) if token == 3 else token for token in row] for row, shown in given_rows]
+    before = [sight[: place + 1] for sight in sights for place in range(len(sight))]
     unique, inverse = batch["unique"].tolist(), batch["inverse"].tolist()
     assert [before[unique[place]] for place in inverse] == before
     assert unique == sorted(unique)
@@ -179,7 +198,8 @@ def run_with(recipe: Mapping[str, Any], shares: bool, monkeypatch: pytest.Monkey
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "training_step", look)
         if not shares:
-            patch.setattr(batching, "share_prefixes_in", lambda _: False)
+            patch.setattr(collator, "share_prefixes", lambda packed, **_: packed)
+            patch.setattr(batching, "packing_fault", lambda *_: None)
         return finetune(recipe, overwrite=True), seen
 
 
@@ -191,6 +211,7 @@ def run_with(recipe: Mapping[str, Any], shares: bool, monkeypatch: pytest.Monkey
         ("qwen2_vl", {"lora.scope": "all", "lora.dropout": 0.0, "train.gradient_checkpointing": True}),
         ("pixtral", {"vision_cache": "memory"}),
         ("qwen2_5_vl", {}),
+        ("qwen3_vl", {}),
         ("text", {"train_on_inputs": True}),
         ("text", {"train.label_smoothing_factor": 0.1}),
     ],
@@ -204,6 +225,77 @@ def test_a_run_learns_what_it_learns_without(
     for entry, wanted in zip(with_it.history, without.history, strict=True):
         for name in {"loss", "grad_norm", "mean_token_accuracy", "entropy", "num_tokens"} & wanted.keys():
             assert entry[name] == pytest.approx(wanted[name], rel=2e-2 if "train.bf16" in settings else 1e-4), name
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> str:
+    """Twelve rows, three about each of four pictures, these never side by side."""
+    for number in range(4):
+        Image.new("RGB", (56, 56), (60 * number, 100, 200)).save(tmp_path / f"{number}.png")
+    rows = [{"image": f"{number % 4}.png", "Product Name": f"Nr. {number}", "description": "a" * (number + 1)} for number in range(12)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(tmp_path / "questions.jsonl")
+
+
+def pictures_computed(batch: Mapping[str, Any], image_token: int) -> int:
+    computed = batch["unique"] if "unique" in batch else torch.arange(batch["input_ids"].shape[1])
+    return int((batch["input_ids"][0, computed] == image_token).sum()) // 4  # of two by two
+
+
+@pytest.mark.parametrize("settings", [{"vision_cache": "memory"}, {"vision_cache": "off", "lora.scope": "all"}])
+def test_rows_of_a_picture_come_together_where_asked_and_learn_the_same(
+    recipe: MakeRecipe, questions: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {"data.source": questions, "train.max_steps": -1, "train.num_train_epochs": 2, **settings}
+    few |= {"train.per_device_train_batch_size": 6}
+    grouped = recipe(packing={"group_by_image": True}, **few)
+    (with_it, batches), (without, others) = (run_with(grouped, on, monkeypatch) for on in (True, False))
+    image_token = with_it.model.config.image_token_id
+    assert len(batches) == len(others) == 4
+    assert [pictures_computed(batch, image_token) for batch in batches] == [2] * 4
+    assert [pictures_computed(batch, image_token) for batch in others] == [6] * 4
+    for entry, wanted in zip(with_it.history, without.history, strict=True):
+        for name in {"loss", "grad_norm", "mean_token_accuracy", "num_tokens"} & wanted.keys():
+            assert entry[name] == pytest.approx(wanted[name], rel=1e-4), name
+
+
+def test_rows_of_a_picture_are_not_brought_together_unasked(
+    recipe: MakeRecipe, questions: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = recipe(**{"data.source": questions, "train.max_steps": 4, "train.per_device_train_batch_size": 3})
+    run, batches = run_with(given, True, monkeypatch)
+    assert sum(pictures_computed(batch, run.model.config.image_token_id) for batch in batches) > 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "said"),
+    [
+        ("mllama", {}, "this model computes each row of a pack whole, so that it would gain nothing"),
+        ("qwen2_vl", {"model.attention": "eager"}, "eager"),
+    ],
+)
+def test_a_model_that_gains_nothing_from_it_refuses_to_group(
+    recipe: MakeRecipe, questions: str, kind: str, settings: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(RecipeError, match=rf"`packing.group_by_image` is on, and .*{said}"):
+        finetune(recipe(kind, packing={"group_by_image": True}, **{"data.source": questions}, **settings))
+
+
+def test_grouping_goes_with_packs_and_with_our_collator(recipe: MakeRecipe) -> None:
+    with pytest.raises(RecipeError, match=r"packing\.group_by_image is for packs, and packing\.mode is off"):
+        load_recipe(recipe(packing={"mode": "off", "group_by_image": True}))
+    with pytest.raises(RecipeError, match=r"`packing\.group_by_image` is for vlmtune's collator"):
+        finetune(recipe(packing={"group_by_image": True}), collator=lambda rows: {})
+
+
+def test_a_row_is_cut_short_by_half_of_what_it_ends_with() -> None:
+    def answered(*parts: dict[str, Any]) -> dict[str, Any]:
+        return {"name": "row 1", "messages": [{"role": "user", "content": []}, {"role": "assistant", "content": [*parts]}]}
+
+    for text, half in (("abcd", "ab"), ("  abc ", "ab"), ("a", "a")):
+        assert batching._cut_short(answered({"type": "text", "text": text})) == answered({"type": "text", "text": half})
+    for row in (answered(), answered({"type": "text", "text": " "}), answered({"type": "image", "image": "a.png"})):
+        assert batching._cut_short(row) == row
 
 
 @pytest.mark.parametrize(

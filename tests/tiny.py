@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 KINDS = ("qwen2_vl", "mllama", "pixtral")
+QWEN = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
 TRL_TEMPLATES = Path(transformers.__file__).parents[1] / "trl" / "chat_templates"
 SPECIAL = {
     "qwen2_vl": [
@@ -63,14 +64,14 @@ def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
 
 def make_processor(kind: str) -> Any:
     """The family's real processor class around a byte tokenizer; small pictures."""
-    tokenizer = make_tokenizer("qwen2_vl" if kind == "qwen2_5_vl" else kind)
-    if kind in ("qwen2_vl", "qwen2_5_vl"):
-        template = (TRL_TEMPLATES / "qwen2_5_vl.jinja").read_text()
-        size = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
-        image_processor = transformers.Qwen2VLImageProcessor(size=size)
-        video_processor = transformers.Qwen2VLVideoProcessor(size=size)
-        name = "Qwen2VLProcessor" if kind == "qwen2_vl" else "Qwen2_5_VLProcessor"
-        return getattr(transformers, name)(image_processor, tokenizer, video_processor, chat_template=template)
+    tokenizer = make_tokenizer("qwen2_vl" if kind in QWEN else kind)
+    if kind in QWEN:
+        template = (TRL_TEMPLATES / ("qwen3_vl.jinja" if kind == "qwen3_vl" else "qwen2_5_vl.jinja")).read_text()
+        patch = 16 if kind == "qwen3_vl" else 14
+        size = {"shortest_edge": (2 * patch) ** 2, "longest_edge": (4 * patch) ** 2}
+        image_processor = transformers.Qwen2VLImageProcessor(size=size, patch_size=patch)
+        video_processor = transformers.Qwen2VLVideoProcessor(size=size, patch_size=patch)
+        return getattr(transformers, QWEN[kind])(image_processor, tokenizer, video_processor, chat_template=template)
     if kind == "mllama":
         image_processor = transformers.MllamaImageProcessor(size={"height": 28, "width": 28}, max_image_tiles=4)
         return transformers.MllamaProcessor(image_processor, tokenizer)
@@ -100,7 +101,7 @@ def make_model(kind: str, vocabulary: int, tokenizer: Any) -> torch.nn.Module:
             parameter.data.fill_(1.0)  # closed at birth: no picture would be seen
         if "merger" in name or "patch_embed" in name:
             parameter.data.mul_(8)
-    ids = [tokenizer.convert_tokens_to_ids(token) for token in ENDS["qwen2_vl" if kind == "qwen2_5_vl" else kind] if token]
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in ENDS["qwen2_vl" if kind in QWEN else kind] if token]
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ids[-1]
     return model
@@ -149,6 +150,24 @@ def _qwen2_5_vl(vocabulary: int, tokenizer: Any) -> torch.nn.Module:
         **_qwen_ids(tokenizer),
     )
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
+
+
+def _qwen3_vl(vocabulary: int, tokenizer: Any) -> torch.nn.Module:
+    config = transformers.Qwen3VLConfig(
+        text_config={**_qwen_text(vocabulary, tokenizer), "head_dim": 16},
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "out_hidden_size": 64,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0],
+        },
+        tie_word_embeddings=False,
+        **_qwen_ids(tokenizer),
+    )
+    return transformers.Qwen3VLForConditionalGeneration(config)
 
 
 def _mllama(vocabulary: int, tokenizer: Any) -> torch.nn.Module:
@@ -251,6 +270,7 @@ def _qwen_ids(tokenizer: Any) -> dict[str, int]:
 _BUILDERS = {
     "qwen2_vl": _qwen2_vl,
     "qwen2_5_vl": _qwen2_5_vl,
+    "qwen3_vl": _qwen3_vl,
     "mllama": _mllama,
     "pixtral": _pixtral,
     "smolvlm": _smolvlm,

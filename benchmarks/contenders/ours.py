@@ -14,7 +14,7 @@ recipe = {
     "data": {"source": job.rows, "check_images": False},  # no other contender decodes every picture first
     "lora": {"r": 8, "alpha": 16, "dropout": 0.0, "targets": ["q_proj", "v_proj"]},
     "train_on_inputs": job.labels == "all",
-    "packing": PACKS.get(job.family, "auto"),
+    "packing": PACKS.get(job.family, {}),
     "vision_cache": "memory",
     "train": {
         **job.train_arguments(),

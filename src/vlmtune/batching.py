@@ -142,28 +142,42 @@ def batching(
         packing = replace(packing, shares=shares)
     if obstacle and recipe.packing.length:
         raise RecipeError(f"`packing.length` is {recipe.packing.length}, and {obstacle}")
+    if recipe.packing.group_by_image and not packing.shares:
+        why = obstacle or "this model computes each row of a pack whole, so that it would gain nothing"
+        raise RecipeError(f"`packing.group_by_image` is on, and {why}")
     packed = recipe.packing.mode != "off" and not obstacle
-    plan = micro_batches(recipe, config, lengths, packed=packed)
+    plan = micro_batches(recipe, config, collator, rows, lengths, packed=packed)
     if packed:
         padding = f"padding only to a multiple of {multiple}" if multiple > 1 else "no padding"
         shared = ", common prefixes once" if packing.shares else ""
+        shared += ", rows of the same pictures together" if recipe.packing.group_by_image else ""
         return Batching(packing, collator, plan, f"on: {padding}{shared}, at most {plan.largest:,} tokens a micro-batch")
     return Batching(collator, collator, plan, f"off: {obstacle}" if obstacle else "off")
 
 
-def micro_batches(recipe: Recipe, config: SFTConfig, lengths: Sequence[int], *, packed: bool) -> BatchPlan:
+def micro_batches(
+    recipe: Recipe,
+    config: SFTConfig,
+    collator: MultimodalCollator,
+    rows: Rows | Sequence[Row],
+    lengths: Sequence[int],
+    *,
+    packed: bool,
+) -> BatchPlan:
     """The plan of all epochs: micro-batches of as many tokens as the padded ones have at most, or as `packing.length` says.
 
     Raises:
         DatasetError: there are fewer rows than processes.
 
     """
+    together = _by_pictures(collator, rows) if recipe.packing.group_by_image and packed else None
     try:
         return BatchPlan(
             lengths,
             rows_per_step=rows_per_step(config),
             max_tokens=(packed and recipe.packing.length) or config.per_device_train_batch_size * max(lengths),
             packed=packed,
+            together=together,
             epochs=math.ceil(passes(config, len(lengths))),
             seed=config.seed if config.data_seed is None else config.data_seed,
             shuffle=config.train_sampling_strategy == "random",
@@ -174,18 +188,40 @@ def micro_batches(recipe: Recipe, config: SFTConfig, lengths: Sequence[int], *, 
         raise DatasetError(str(error)) from error
 
 
+def _by_pictures(collator: MultimodalCollator, rows: Rows | Sequence[Row]) -> Sequence[int]:
+    """A number for each row, the same for rows that show the same pictures; those that show none have one of their own."""
+    first: dict[tuple[Any, ...], int] = {}
+    numbers = array("q")
+    with progress() as bar:
+        task = bar.add_task("Comparing pictures", total=len(rows), text="")
+        for position in range(len(rows)):
+            numbers.append(first.setdefault(collator.shown(rows[position]) or (position,), position))
+            bar.advance(task)
+    return numbers
+
+
 def _tried_out(model: PeftModel, packing: PackingCollator, rows: Rows, lengths: Sequence[int]) -> tuple[bool, str]:
-    """Whether packs may share prefixes, and why rows cannot be packed, or nothing; tried out on two short rows."""
+    """Whether packs may share prefixes, and why rows cannot be packed, or nothing; tried out on short rows, two of one picture."""
     try:
         attend_by_row(model)
     except ModelError as error:
         return False, str(error)
     shortest = [rows[position] for position in sorted(range(len(lengths)), key=lengths.__getitem__)[:LOOKED_AT]]
     samples = sorted(shortest, key=lambda sample: not pictures(sample))[:2]  # stable: with pictures, where there are any
-    pair = samples * (3 - len(samples))
-    if packing.shares and share_prefixes_in(model) and packing_fault(model, packing, pair) is None:
+    samples.append(_cut_short(samples[0]))
+    if packing.shares and share_prefixes_in(model) and packing_fault(model, packing, samples) is None:
         return True, ""
-    return False, packing_fault(model, replace(packing, shares=False), pair) or ""
+    return False, packing_fault(model, replace(packing, shares=False), samples) or ""
+
+
+def _cut_short(row: Row) -> Row:
+    """The row with half of its last text, so that it begins like it, pictures and all."""
+    *before, last = row["messages"]
+    *parts, end = last["content"] or [{}]  # of a call there may be nothing else
+    text = end.get("text", "").strip()
+    if not text:
+        return row
+    return {**row, "messages": [*before, {**last, "content": [*parts, {**end, "text": text[: (len(text) + 1) // 2]}]}]}
 
 
 def rows_per_step(config: SFTConfig) -> int:

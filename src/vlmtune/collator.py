@@ -123,6 +123,11 @@ class MultimodalCollator:
             self._picture_tokens[size] = int((ids == placeholder).sum())
         return self._picture_tokens[size]
 
+    def shown(self, row: Row) -> tuple[Any, ...]:
+        """Equal for rows that show the same pictures in the same order. Videos are never known to be the same."""
+        parts = [part for message in row["messages"] for part in message["content"] if part["type"] != "text"]
+        return tuple(self.album.fingerprint(part["image"]) if part["type"] == "image" else object() for part in parts)
+
     def lengths(self, rows: Sequence[Row]) -> list[int]:
         """Tokens of each row, those counted that stand for its pictures; no picture is decoded."""
         conversations = [self._with_pictures(row, place, self._blank) for place, row in enumerate(rows, 1)]
@@ -339,7 +344,8 @@ class PackingCollator:
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         packed = self.collator.family.flatten(self.collator(rows), self.core)
         if self.shares:
-            packed = share_prefixes(packed, image_token_ids=self.collator.never_trained)
+            shown = [self.collator.shown(row) for row in rows]
+            packed = share_prefixes(packed, image_token_ids=self.collator.never_trained, pictures=shown)
         return self.collator.filled(packed, self.multiple)
 
 

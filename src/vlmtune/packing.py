@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, insort
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from heapq import heappush, heapreplace
 from itertools import chain, pairwise
 
@@ -31,6 +31,8 @@ class BatchPlan(BatchRebalanceSampler):  # by this class alone the trainer knows
         rows_per_step: rows of an optimiser step, of all processes together.
         max_tokens: what a micro-batch may cost at most.
         packed: a micro-batch is a sequence without padding and costs the sum of its lengths; else rows × longest row.
+        together: a number for each row. Rows with the same one come one after the other where the order is shuffled, as many as
+            a step and a micro-batch hold at most, and go into one micro-batch where that makes no more of them.
         epochs: how many will be run; all of them are planned for.
         seed: decides, with the epoch, the order of the rows.
         shuffle: a new order every epoch; else rows come as they lie.
@@ -56,6 +58,7 @@ class BatchPlan(BatchRebalanceSampler):  # by this class alone the trainer knows
         rows_per_step: int,
         max_tokens: int,
         packed: bool,
+        together: Sequence[int] | None = None,
         epochs: int,
         seed: int,
         shuffle: bool = True,
@@ -65,6 +68,7 @@ class BatchPlan(BatchRebalanceSampler):  # by this class alone the trainer knows
         # super().__init__ is left out: it is told the number of micro-batches that is found here
         self.lengths, self.rows_per_step, self.max_tokens, self.packed = array("q", lengths), rows_per_step, max_tokens, packed
         self.epochs, self.seed, self.shuffle, self.rank, self.world = epochs, seed, shuffle, rank, world
+        self.together = array("q", together) if together is not None else None
         self.epoch = 0
         self._opening = 0  # the step that trades places with the first of epoch 0
         self._check()
@@ -102,6 +106,7 @@ class BatchPlan(BatchRebalanceSampler):  # by this class alone the trainer knows
         order = list(range(len(self.lengths)))
         if self.shuffle:
             order = torch.randperm(len(order), generator=torch.Generator().manual_seed(self.seed + epoch)).tolist()
+            order = list(chain.from_iterable(self._bundles(order, self.rows_per_step)))
         steps = [order[start:stop] for start, stop in pairwise(self._bounds)]
         if epoch == 0:
             steps[0], steps[self._opening] = steps[self._opening], steps[0]
@@ -135,10 +140,29 @@ class BatchPlan(BatchRebalanceSampler):  # by this class alone the trainer knows
         """The rows in exactly so many groups, or in more where they do not fit."""
         if not self.packed:
             return divide_padded(rows, self.lengths, self.max_tokens, parts)
-        groups = balance(rows, self.lengths, parts)
-        if max(map(self._tokens, groups)) <= self.max_tokens:
-            return groups
+        most = len(rows) if self.together is not None else 1
+        while most:
+            bundles = sorted(self._bundles(rows, most), key=self._tokens, reverse=True)
+            dealt = balance(range(len(bundles)), [*map(self._tokens, bundles)], parts)
+            groups = [[row for number in numbers for row in bundles[number]] for numbers in dealt]
+            if all(group and self._tokens(group) <= self.max_tokens for group in groups):
+                return groups
+            most //= 2
         return split(best_fit(rows, self.lengths, self.max_tokens), parts)
+
+    def _bundles(self, rows: Group, most: int) -> list[Group]:
+        """The rows, up to so many of the same number together, as far as they fit into a micro-batch."""
+        if self.together is None or most == 1:
+            return [[row] for row in rows]
+        bundles: list[Group] = []
+        last: dict[int, Group] = {}  # of each number
+        for row in rows:
+            bundle = last.get(self.together[row])
+            if bundle is None or len(bundle) == most or self._tokens([*bundle, row]) > self.max_tokens:
+                bundle = last[self.together[row]] = []
+                bundles.append(bundle)
+            bundle.append(row)
+        return bundles
 
     def _tokens(self, group: Group) -> int:
         lengths = [self.lengths[row] for row in group]
@@ -168,7 +192,7 @@ def best_fit(rows: Group, lengths: Sequence[int], budget: int) -> list[Group]:
     return groups
 
 
-def balance(rows: Group, lengths: Sequence[int], parts: int) -> list[Group]:
+def balance(rows: Iterable[int], lengths: Sequence[int], parts: int) -> list[Group]:
     """So many groups of about the same sum of tokens: rows come longest first, each goes to the emptiest."""
     groups: list[Group] = [[] for _ in range(parts)]
     emptiest = [(0, number) for number in range(parts)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from bisect import bisect_left
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,15 +17,18 @@ from torch import Tensor, nn
 SEQ = {"input_ids": 1, "inputs_embeds": 1, "attention_mask": 1, "position_ids": -1, "visual_pos_masks": 1}  # that dimension
 
 
-def share_prefixes(batch: Mapping[str, Any], *, image_token_ids: Collection[int]) -> dict[str, Any]:
+def share_prefixes(
+    batch: Mapping[str, Any], *, image_token_ids: Collection[int], pictures: Sequence[Hashable]
+) -> dict[str, Any]:
     """The packed batch, and which of its tokens are computed.
 
-    A row takes what it begins with from the row before it that it has most in common with. Its last token, and all from its
-    first picture on, are computed in any case.
+    A row takes what it begins with from the row before it that it has most in common with. Its last token is computed in any
+    case, and so are its pictures and all behind them where the other's are not the same.
 
     Args:
         batch: as `batch.flatten` makes it.
-        image_token_ids: ids that stand for pictures, which differ where their tokens are the same.
+        image_token_ids: ids that stand for pictures, whatever these show.
+        pictures: of each row; equal where all of them are the same, in the same order.
 
     Returns:
         The batch. Where rows begin alike, with `unique` `[computed]`, the places of the tokens that are computed; `inverse`
@@ -37,13 +40,16 @@ def share_prefixes(batch: Mapping[str, Any], *, image_token_ids: Collection[int]
 
     """
     ids, segments = batch["input_ids"][0], batch["segments"]
+    numbers = {seen: number for number, seen in enumerate(dict.fromkeys(pictures), 1)}
+    shown = torch.tensor([numbers[seen] for seen in pictures]).repeat_interleave(torch.tensor(segments))
     of_pictures = torch.isin(ids, torch.tensor(sorted(image_token_ids), dtype=ids.dtype))
+    told = torch.where(of_pictures, -shown, ids)  # tells pictures apart
     places = torch.arange(len(ids))  # where each token is computed
     known: list[tuple[list[int], int]] = []  # the texts of the rows before, in order, and where these rows begin
     lengths: list[int] = []
     start = 0
-    for row, pictures in zip(ids.split(segments), of_pictures.split(segments), strict=True):
-        text = _text(row, pictures)
+    for row in told.split(segments):
+        text = row[:-1].tolist()
         here = bisect_left(known, (text, start))  # between the two that it has most in common with
         alike = [(common_prefix(text, other), first) for other, first in known[max(here - 1, 0) : here + 1]]
         count, first = max(alike, default=(0, 0))
@@ -78,19 +84,17 @@ def _take_unique(module: nn.Module, args: Any, inputs: dict[str, Any]) -> tuple[
     for name, dim in of_tokens.items():
         if inputs[name].shape[dim] != len(inputs["inverse"]):  # a GPU would not say it before it is too late
             raise ValueError(f"`{name}` is {list(inputs[name].shape)}, and the pack has {len(inputs['inverse'])} tokens")
-    return (), inputs | {name: inputs[name].index_select(dim, unique) for name, dim in of_tokens.items()}
+    taken = {name: inputs[name].index_select(dim, unique) for name, dim in of_tokens.items()}
+    if inputs.get("deepstack_visual_embeds") is not None:  # [tokens of pictures, hidden] each, added in the first layers
+        kept = torch.isin(inputs["visual_pos_masks"][0].nonzero().flatten(), unique)
+        taken["deepstack_visual_embeds"] = [features[kept] for features in inputs["deepstack_visual_embeds"]]
+    return (), inputs | taken
 
 
 def _give_back(module: nn.Module, args: Any, inputs: Mapping[str, Any], output: Any) -> Any:
     if inputs.get("unique") is not None:
         output.last_hidden_state = output.last_hidden_state.index_select(1, inputs["inverse"])
     return output
-
-
-def _text(ids: Tensor, of_pictures: Tensor) -> list[int]:
-    """A row's tokens before its first picture, and without its last."""
-    pictures = of_pictures.nonzero().flatten()
-    return ids[: int(pictures[0]) if len(pictures) else -1].tolist()
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:

@@ -169,6 +169,13 @@ class SwitchedSection(Section):
 class PackingSection(SwitchedSection):
     mode: Literal["auto", "off"] = "auto"
     length: int | None = Field(default=None, gt=0)  # tokens of a pack at most; None: as the padded micro-batch has at most
+    group_by_image: bool = False  # rows of the same pictures come together, so that these are computed once
+
+    @model_validator(mode="after")
+    def _packs_to_group_in(self) -> PackingSection:
+        if self.group_by_image and self.mode == "off":
+            raise _mistake("packing.group_by_image is for packs, and packing.mode is off: leave one of them out")
+        return self
 
 
 class VisionCacheSection(SwitchedSection):

@@ -198,9 +198,13 @@ def _as_given(recipe: Recipe, collator: Collator) -> tuple[Batching, str]:
         raise RecipeError(
             "`on_too_long: shrink` is for vlmtune's collator, and you pass one of your own, which opens the pictures"
         )
-    if recipe.packing.length or recipe.vision_cache.mode in ("memory", "disk"):
-        asked = "`packing.length`" if recipe.packing.length else f"`vision_cache: {recipe.vision_cache.mode}`"
-        raise RecipeError(f"{asked} is for vlmtune's collator, and you pass one of your own, which may change the pictures")
+    asked = {
+        "`packing.length`": recipe.packing.length,
+        "`packing.group_by_image`": recipe.packing.group_by_image,
+        f"`vision_cache: {recipe.vision_cache.mode}`": recipe.vision_cache.mode in ("memory", "disk"),
+    }
+    if given := next(filter(asked.get, asked), None):
+        raise RecipeError(f"{given} is for vlmtune's collator, and you pass one of your own, which may change the pictures")
     return Batching(collator, collator, None, "off: a collator of your own"), "off: a collator of your own"
 
 

@@ -53,7 +53,8 @@ class Forecaster:
     def forecast(self) -> Forecast:
         """What the worst micro-batch needs, and what a typical step takes."""
         self._simulation = self._built()
-        self._plan = micro_batches(self._recipe, self._config, self.material.lengths, packed=self._packed)
+        rows, lengths = self.material.rows, self.material.lengths
+        self._plan = micro_batches(self._recipe, self._config, self.material.collator, rows, lengths, packed=self._packed)
         chosen = self._chosen()
         outcomes = self._outcomes(chosen)
         batches = [self._describe(name, group) for name, group in chosen.items()]

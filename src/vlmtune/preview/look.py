@@ -43,7 +43,7 @@ def look(recipe: Recipe, count: int) -> tuple[tuple[ShownRow, ...], ShownPack | 
     shown = tuple(replace(row, padding=width - row.tokens) for row in rows)
     if recipe.packing.mode == "off":
         return shown, None
-    return shown, _pack(collator, split.train, micro_batches(recipe, config, lengths, packed=True))
+    return shown, _pack(collator, split.train, micro_batches(recipe, config, collator, split.train, lengths, packed=True))
 
 
 def _row(collator: MultimodalCollator, sample: Mapping[str, Any]) -> ShownRow:
