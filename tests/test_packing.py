@@ -252,7 +252,7 @@ def test_rows_that_come_as_they_lie_stay_so_and_go_together_within_their_step() 
 def test_what_would_need_more_micro_batches_is_parted() -> None:
     made = grouped([5] * 4, [0, 0, 0, 1], max_tokens=10, shuffle=False)
     assert made.micro_batches == 2
-    assert sorted(map(sorted, made.steps(0)[0][0] + made.steps(0)[0][1])) in ([[0, 1], [2, 3]], [[0, 2], [1, 3]], [[0, 3], [1, 2]])
+    assert sorted(len(rows) for slot in made.steps(0)[0] for rows in slot) == [2, 2]
 
 
 @given(plans(packed=True), st.data())
@@ -261,12 +261,7 @@ def test_what_is_together_changes_no_count_and_no_budget(made: BatchPlan, data: 
     count = len(made.lengths)
     numbers = data.draw(st.lists(st.integers(0, 5), min_size=count, max_size=count))
     taken = ("rows_per_step", "max_tokens", "epochs", "seed", "shuffle", "world")
-    try:
-        with_it = grouped(list(made.lengths), numbers, **{name: getattr(made, name) for name in taken})
-    except ValueError as error:
-        assert "micro-batches" in str(error)  # of another order's steps
-        assert made.shuffle
-        return
+    with_it = grouped(list(made.lengths), numbers, **{name: getattr(made, name) for name in taken})
     assert len(with_it) == len(list(with_it))
     if not made.shuffle:
         assert with_it.micro_batches == made.micro_batches

@@ -232,7 +232,8 @@ def questions(tmp_path: Path) -> str:
     """Twelve rows, three about each of four pictures, these never side by side."""
     for number in range(4):
         Image.new("RGB", (56, 56), (60 * number, 100, 200)).save(tmp_path / f"{number}.png")
-    rows = [{"image": f"{number % 4}.png", "Product Name": f"Nr. {number}", "description": "a" * (number + 1)} for number in range(12)]
+    names = ({"image": f"{number % 4}.png", "Product Name": f"Nr. {number}"} for number in range(12))
+    rows = [{**name, "description": "a" * number} for number, name in enumerate(names, 1)]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return str(tmp_path / "questions.jsonl")
 
@@ -286,6 +287,18 @@ def test_grouping_goes_with_packs_and_with_our_collator(recipe: MakeRecipe) -> N
         load_recipe(recipe(packing={"mode": "off", "group_by_image": True}))
     with pytest.raises(RecipeError, match=r"`packing\.group_by_image` is for vlmtune's collator"):
         finetune(recipe(packing={"group_by_image": True}), collator=lambda rows: {})
+
+
+def test_rows_are_alike_that_show_the_same_pictures_in_the_same_order(recipe: MakeRecipe, questions: str) -> None:
+    _, processor, family = load_model(load_recipe(recipe()))
+    cat, dog = (Path(questions).with_name(name) for name in ("0.png", "1.png"))
+    copied = cat.with_name("copy.png")
+    copied.write_bytes(cat.read_bytes())
+    film = {"type": "video", "video": "film.mp4"}
+    shown = [[cat], [dog], [copied], [cat, dog], [dog, cat], [cat, dog], [], [], [film], [film]]
+    parts = [[{"type": "image", "image": str(part)} if isinstance(part, Path) else part for part in row] for row in shown]
+    rows = [{"messages": [{"role": "user", "content": [*each, {"type": "text", "text": "Well?"}]}]} for each in parts]
+    assert [*batching._by_pictures(MultimodalCollator(processor, family), rows)] == [0, 1, 0, 3, 4, 3, 6, 7, 8, 9]
 
 
 def test_a_row_is_cut_short_by_half_of_what_it_ends_with() -> None:

@@ -170,7 +170,7 @@ def micro_batches(
         DatasetError: there are fewer rows than processes.
 
     """
-    together = _by_pictures(collator, rows) if recipe.packing.group_by_image and packed else None
+    together = _by_pictures(collator, rows) if recipe.packing.group_by_image else None
     try:
         return BatchPlan(
             lengths,
@@ -201,17 +201,17 @@ def _by_pictures(collator: MultimodalCollator, rows: Rows | Sequence[Row]) -> Se
 
 
 def _tried_out(model: PeftModel, packing: PackingCollator, rows: Rows, lengths: Sequence[int]) -> tuple[bool, str]:
-    """Whether packs may share prefixes, and why rows cannot be packed, or nothing; tried out on short rows, two of one picture."""
+    """Whether packs may share prefixes, and why rows cannot be packed, or nothing; tried out on short rows."""
     try:
         attend_by_row(model)
     except ModelError as error:
         return False, str(error)
     shortest = [rows[position] for position in sorted(range(len(lengths)), key=lengths.__getitem__)[:LOOKED_AT]]
     samples = sorted(shortest, key=lambda sample: not pictures(sample))[:2]  # stable: with pictures, where there are any
-    samples.append(_cut_short(samples[0]))
-    if packing.shares and share_prefixes_in(model) and packing_fault(model, packing, samples) is None:
+    tried = [*samples, _cut_short(samples[0])]  # the last shows the same picture as the first
+    if packing.shares and share_prefixes_in(model) and packing_fault(model, packing, tried) is None:
         return True, ""
-    return False, packing_fault(model, replace(packing, shares=False), samples) or ""
+    return False, packing_fault(model, replace(packing, shares=False), tried) or ""
 
 
 def _cut_short(row: Row) -> Row:

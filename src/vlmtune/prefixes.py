@@ -12,7 +12,7 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 SEQ = {"input_ids": 1, "inputs_embeds": 1, "attention_mask": 1, "position_ids": -1, "visual_pos_masks": 1}  # that dimension
 
