@@ -341,7 +341,7 @@ def padded_batches(recipe: Any, config: Any, split: Any, prompter: Any) -> Any:
     from vlmtune.batching import Batching, counted_rows, micro_batches
 
     _, lengths = counted_rows(recipe, split, prompter)
-    return Batching(prompter, prompter, micro_batches(recipe, config, prompter, split.train, lengths, packed=False), "off")
+    return Batching(prompter, prompter, micro_batches(recipe, config, lengths, packed=False), "off")
 
 
 def whole_trainer(setting: Setting, model: Any, config: Any, rows: Any, processor: Any, batches: Any, **mixed: Any) -> Any:

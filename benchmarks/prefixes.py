@@ -46,7 +46,7 @@ def loaded(directory: Path) -> tuple[Any, MultimodalCollator]:
     sections = {"model": {"name": name, "quantization": "none"}, "data": {"source": name}, "train": {"output_dir": out}}
     model, processor, family = load_model(load_recipe(sections))
     attend_by_row(model)
-    assert share_prefixes_in(model)
+    assert not share_prefixes_in(model)
     return model, MultimodalCollator(processor, family)
 
 
@@ -56,7 +56,7 @@ def measured(model: Any, collator: MultimodalCollator, rows: Rows) -> list[str]:
     with torch.no_grad():
         features = [collator.family.encode(core, collator.pictures([source]))[0] for source in sources]
     for shares in (False, True):
-        batch = PackingCollator(collator, positions_model(model), 128, shares)(rows)
+        batch = PackingCollator(collator, positions_model(model), 128, shares, shares_pictures=True)(rows)
         if features:
             batch = {name: values for name, values in batch.items() if not name.startswith("pixel_")}
             batch["image_features"] = collator.family.join_features(batch, features)

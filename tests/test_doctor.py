@@ -451,7 +451,14 @@ def test_fault_the_same_row_twice(admitted: Admit) -> None:
     assert finding.found.startswith("row 3 of given.jsonl (as row 1 of given.jsonl): the same pictures and texts again")
     other_question = [*rows[:2], {"messages": [said("user", "C?", red), said("assistant", "B")]}]
     found = told(with_rows(admitted(), other_question), "images: duplicates").found
-    assert found.endswith("3 pictures, 2 of them distinct; `packing.group_by_image` has those of a pack computed once")
+    assert found.endswith("2 of them distinct; 2 rows show what others show: `packing.group_by_image` brings them together")
+    for kind, settings in (
+        ("mllama", {}),
+        ("qwen2_vl", {"packing": "off"}),
+        ("qwen2_vl", {"packing": {"group_by_image": True}}),
+    ):
+        patient = with_rows(admitted(kind, **settings), other_question)
+        assert told(patient, "images: duplicates").found.endswith("3 pictures, 2 of them distinct")
 
 
 def test_fault_the_same_picture_to_train_and_to_evaluate(admitted: Admit, colours: Path) -> None:

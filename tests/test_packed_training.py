@@ -96,11 +96,12 @@ class Loaded:
                 parameter.data.normal_(std=0.05)
         self.padded = {rule: MultimodalCollator(processor, self.family, train_on_inputs=rule) for rule in (False, True)}
         attend_by_row(self.model)
-        self.shares = share_prefixes_in(self.model)
+        self.shares = not share_prefixes_in(self.model)
 
     def collator(self, *, train_on_inputs: bool = False, multiple: int = 1) -> PackingCollator:
         attend_by_row(self.model)
-        return PackingCollator(self.padded[train_on_inputs], positions_model(self.model), multiple, shares=self.shares)
+        shares = {"shares": self.shares, "shares_pictures": self.shares}
+        return PackingCollator(self.padded[train_on_inputs], positions_model(self.model), multiple, **shares)
 
     def pack(self, rows: Sequence[Mapping[str, Any]], **options: Any) -> dict[str, Any]:
         return self.collator(**options)(rows)
@@ -418,14 +419,14 @@ def figures(run: Run, name: str) -> list[float]:
     return [entry[name] for entry in run.history if name in entry and "loss" in entry]
 
 
-def rows_file(directory: Path, *, pictures: Sequence[int], count: int = 14) -> Path:
+def rows_file(directory: Path, *, pictures: Sequence[int], count: int = 14, distinct: int = 14) -> Path:
     """A .jsonl file of messages: of four lengths, with so many pictures in turn."""
     directory.mkdir(exist_ok=True)
     lines: list[str] = []
     for number in range(count):
-        names = [f"{number}-{place}.png" for place in range(pictures[number % len(pictures)])]
+        names = [f"{number % distinct}-{place}.png" for place in range(pictures[number % len(pictures)])]
         for place, name in enumerate(names):
-            noise(10 * number + place, (40 + 7 * place, 50)).save(directory / name)
+            noise(10 * (number % distinct) + place, (40 + 7 * place, 50)).save(directory / name)
         content = [{"type": "image", "image": name} for name in names]
         question, answer = f"Question {number}?", f"Answer {number}. " * (1, 2, 5, 9)[number * 7 % 4]
         asked = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
@@ -667,11 +668,16 @@ finetune(sys.argv[2], resume=True)
 """
 
 
-@pytest.mark.parametrize("kind", ["qwen2_vl", *map(longer, EVERY[1:])])
+@pytest.mark.parametrize(
+    ("kind", "grouped"), [("qwen2_vl", False), ("qwen2_vl", True), *(longer(kind, False) for kind in EVERY[1:])]
+)
 def test_two_processes_pack_like_one_and_resume_in_the_middle_of_an_epoch_exactly(
-    bucketed: MakeRecipe, tmp_path: Path, kind: str
+    bucketed: MakeRecipe, tmp_path: Path, kind: str, grouped: bool
 ) -> None:
-    shared = {"lora.dropout": 0, "eval.samples": 0}
+    shared: dict[str, Any] = {"lora.dropout": 0, "eval.samples": 0}
+    if grouped:
+        rows = rows_file(tmp_path / "questions", pictures=[1], distinct=4)
+        shared |= {"packing": {"group_by_image": True}, "data": {"source": str(rows), "format": "openai"}}
     one = finetune(bucketed(kind, name="one", **shared))
     shared |= {"train.per_device_train_batch_size": 1, "train.save_strategy": "steps", "train.save_steps": 3}
     for name in ("whole", "stopped"):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from vlmtune.packing import BatchPlan, best_fit, divide_padded, split
+from vlmtune.packing import BatchPlan, best_fit, bundle, divide_padded, split
 
 SIXTEEN = [9, 2, 7, 4, 4, 1, 8, 3, 6, 5, 2, 9, 1, 7, 3, 5]
 PLAN: dict[str, Any] = {"rows_per_step": 4, "max_tokens": 20, "packed": True, "epochs": 2, "seed": 7}
@@ -226,6 +226,11 @@ def grouped(lengths: list[int], together: list[int], **overrides: Any) -> BatchP
     return plan(lengths, together=together, **overrides)
 
 
+def numbers_of_steps(made: BatchPlan, epoch: int) -> list[list[int]]:
+    assert made.together is not None
+    return [[made.together[row] for row in rows] for rows in row_sets(made, epoch)]
+
+
 def test_rows_of_a_number_come_one_after_the_other_and_in_one_micro_batch() -> None:
     made = grouped([5] * 16, [row % 4 for row in range(16)], rows_per_step=8, max_tokens=20)
     assert made.micro_batches == 2
@@ -235,12 +240,42 @@ def test_rows_of_a_number_come_one_after_the_other_and_in_one_micro_batch() -> N
     assert made.steps(0) != made.steps(1)
 
 
-def test_no_more_come_together_than_a_micro_batch_or_a_step_holds() -> None:
-    numbers = [0] * 12 + [*range(1, 13)]  # twelve alike among as many that are not
-    for max_tokens, most in ((100, 4), (15, 3), (5, 1)):
-        made = grouped([5] * 24, numbers, rows_per_step=4, max_tokens=max_tokens)
-        sizes = [len(rows) for rows in made._bundles(list(range(24)), 4) if rows[0] < 12]
-        assert sizes == [most] * (12 // most)
+@pytest.mark.parametrize("size", [3, 5])
+def test_rows_of_a_number_are_parted_only_where_a_step_ends(size: int) -> None:
+    made = grouped([5] * 60, [row % (60 // size) for row in range(60)], rows_per_step=8, max_tokens=100)
+    for epoch in range(2):
+        parted = sum(len(set(numbers)) for numbers in numbers_of_steps(made, epoch)) - 60 // size
+        assert parted <= len(made.steps(epoch)) + 1  # one between two steps, and those that traded places
+
+
+def test_no_more_rows_of_a_number_come_together_than_a_step_has() -> None:
+    made = grouped([5] * 240, [0] * 120 + [*range(1, 121)], rows_per_step=4, max_tokens=100)
+    assert [len(rows) for rows in bundle(range(12), [0] * 6 + [*range(1, 7)], 4)] == [4, 2, *[1] * 6]
+    shares = [numbers.count(0) for numbers in numbers_of_steps(made, 1)]
+    assert sum(share == 0 for share in shares) > 10  # not all in one place
+
+
+def test_rows_that_are_many_of_a_number_come_no_earlier_than_others() -> None:
+    made = grouped([5] * 800, [*range(400), *(400 + row // 4 for row in range(400))], rows_per_step=8, max_tokens=40, epochs=4)
+    places = [place for epoch in range(1, 4) for place, rows in enumerate(row_sets(made, epoch)) for row in rows if row >= 400]
+    assert sum(places) / len(places) == pytest.approx(49.5, rel=0.1)
+
+
+def test_rows_that_share_a_step_do_so_however_they_are_packed_and_on_any_number_of_processes() -> None:
+    numbers = [row // 3 for row in range(30)]
+    steps = [
+        row_sets(grouped([5] * 30, numbers, rows_per_step=6, max_tokens=tokens, world=world), 1)
+        for tokens, world in ((5, 1), (15, 1), (100, 1), (15, 2), (15, 3))
+    ]
+    assert all(found == steps[0] for found in steps)
+
+
+def test_no_more_is_parted_than_has_to_be() -> None:
+    made = grouped([100] * 12, [row // 4 for row in range(12)], rows_per_step=12, max_tokens=700, shuffle=False)
+    groups = [[row // 4 for row in rows] for slot in made.steps(0)[0] for rows in slot]
+    assert sorted(len(set(group)) for group in groups) == [2, 2]
+    made = grouped([100] * 12, [row // 4 for row in range(12)], rows_per_step=12, max_tokens=100, shuffle=False)
+    assert [len(rows) for slot in made.steps(0)[0] for rows in slot] == [1] * 12
 
 
 def test_rows_that_come_as_they_lie_stay_so_and_go_together_within_their_step() -> None:

@@ -71,6 +71,19 @@ def test_a_run_on_a_gpu_shows_and_keeps_predicted_beside_measured(
     assert entry["step_seconds"] > 0
 
 
+def test_what_rows_that_share_pictures_took_teaches_no_plan(recipe: MakeRecipe, gpu: None, cache: Path) -> None:
+    settings = recipe(packing={"group_by_image": True})
+    plan = plan_of(settings)
+    assert plan.forecast.setting.group_by_image
+    gauge = Gauge(plan, settings["model"]["name"])
+    run = finetune(settings)
+    run.trainer.add_callback(gauge)
+    run.trainer.remove_callback(ProgressBar)  # which `finetune` stops
+    run.trainer.train()
+    assert gauge.entry["step_seconds"] > 0
+    assert not cache.exists()
+
+
 def test_later_plans_use_what_was_measured_on_such_a_card(recipe: MakeRecipe) -> None:
     settings = recipe()
     before = plan_of(settings)

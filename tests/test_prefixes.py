@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -271,8 +271,9 @@ def test_rows_of_a_picture_are_not_brought_together_unasked(
 @pytest.mark.parametrize(
     ("kind", "settings", "said"),
     [
-        ("mllama", {}, "this model computes each row of a pack whole, so that it would gain nothing"),
+        ("mllama", {}, "pictures are read through cross-attention here"),
         ("qwen2_vl", {"model.attention": "eager"}, "eager"),
+        ("qwen2_vl", {"train.torch_compile": True, "train.torch_compile_backend": "eager"}, "`train.torch_compile` is on"),
     ],
 )
 def test_a_model_that_gains_nothing_from_it_refuses_to_group(
@@ -298,7 +299,63 @@ def test_rows_are_alike_that_show_the_same_pictures_in_the_same_order(recipe: Ma
     shown = [[cat], [dog], [copied], [cat, dog], [dog, cat], [cat, dog], [], [], [film], [film]]
     parts = [[{"type": "image", "image": str(part)} if isinstance(part, Path) else part for part in row] for row in shown]
     rows = [{"messages": [{"role": "user", "content": [*each, {"type": "text", "text": "Well?"}]}]} for each in parts]
-    assert [*batching._by_pictures(MultimodalCollator(processor, family), rows)] == [0, 1, 0, 3, 4, 3, 6, 7, 8, 9]
+    assert [*batching.by_pictures(MultimodalCollator(processor, family), rows)] == [0, 1, 0, 3, 4, 3, 6, 7, 8, 9]
+
+
+def test_where_pictures_are_shared_rows_with_pictures_are_tried_and_the_first_s_picture_twice() -> None:
+    def row(name: str, *pictures: str) -> dict[str, Any]:
+        parts = [{"type": "image", "image": picture} for picture in pictures]
+        answer = {"role": "assistant", "content": [{"type": "text", "text": "abcd"}]}
+        return {"name": name, "messages": [{"role": "user", "content": parts}, answer]}
+
+    def tried(rows: list[dict[str, Any]], shares_pictures: bool) -> list[tuple[str, str]]:
+        packing = PackingCollator(cast("Any", None), None, shares_pictures=shares_pictures)
+        chosen = batching._samples(packing, cast("Any", rows), range(1, len(rows) + 1))
+        return [(one["name"], one["messages"][-1]["content"][0]["text"]) for one in chosen]
+
+    texts = [row(f"text {number}") for number in range(batching.LOOKED_AT)]
+    shown = [row("cat", "cat.png"), row("dog", "dog.png")]
+    assert tried([*texts, *shown], True) == [("cat", "abcd"), ("cat", "ab"), ("dog", "abcd")]
+    assert tried([texts[0], *shown], True) == [("cat", "abcd"), ("cat", "ab"), ("dog", "abcd")]
+    assert tried([*texts, shown[0]], True) == [("cat", "abcd"), ("cat", "ab"), ("text 0", "abcd")]
+    assert tried(shown[:1], True) == [("cat", "abcd"), ("cat", "ab")]
+    assert tried(texts, True) == [("text 0", "abcd"), ("text 0", "ab"), ("text 1", "abcd")]
+    assert tried([texts[0], *shown], False) == [("cat", "abcd"), ("dog", "abcd")]
+    assert tried(shown[:1], False) == [("cat", "abcd")] * 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_fault_in_the_few_tokens_that_a_borrowing_row_computes_is_told(
+    recipe: MakeRecipe, questions: str, dtype: str
+) -> None:
+    checked = load_recipe(recipe(**{"data.source": questions, "model.dtype": dtype}))
+    model, processor, family = load_model(checked)
+    attend_by_row(model)
+    assert not share_prefixes_in(model)
+    shares = {"shares": True, "shares_pictures": True}
+    packing = PackingCollator(MultimodalCollator(processor, family), positions_model(model), **shares)
+    rows = usable_rows(checked, 0, check_images=False).train
+    tried = [rows[11], batching._cut_short(rows[11]), rows[10]]
+    assert packing_fault(model, packing, tried) is None
+    assert packing_fault(model, OtherWayRound(**vars(packing)), tried) == "a packed row comes out other than by itself"
+
+    def forget(module: Any, args: Any, inputs: dict[str, Any], output: Any) -> None:
+        if "computed" in inputs:
+            _, end = (sum(inputs["segments"][:place]) for place in (1, 2))
+            output.last_hidden_state[:, end - inputs["computed"][1] : end] = 0
+
+    model.get_base_model().base_model.get_decoder().register_forward_hook(forget, with_kwargs=True)
+    assert packing_fault(model, packing, tried) == "a packed row comes out other than by itself"
+
+
+class OtherWayRound(PackingCollator):
+    """Gives rows each other's pictures, which are of one size."""
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch = super().__call__(rows)
+        if len(rows) > 1:
+            batch["pixel_values"] = torch.cat(batch["pixel_values"].chunk(len(rows))[::-1])
+        return batch
 
 
 def test_a_row_is_cut_short_by_half_of_what_it_ends_with() -> None:
@@ -329,7 +386,7 @@ def test_where_a_beginning_cannot_be_shared_it_is_not(
 def test_a_model_that_looks_another_way_at_its_tokens_computes_all(recipe: MakeRecipe) -> None:
     model, _, _ = load_model(load_recipe(recipe("text")))
     attend_by_row(model)
-    assert share_prefixes_in(model)
+    assert not share_prefixes_in(model)
     config: Any = model.config
     for name, value in {
         "sliding_window": 4,
@@ -341,7 +398,7 @@ def test_a_model_that_looks_another_way_at_its_tokens_computes_all(recipe: MakeR
         other = copy.copy(config)
         setattr(other, name, value)
         model.get_base_model().config = other
-        assert not share_prefixes_in(model), name
+        assert share_prefixes_in(model), name
 
 
 def test_a_model_that_cannot_share_is_told_and_packed_without(
@@ -384,7 +441,7 @@ def test_the_row_that_is_held_against_itself_is_one_that_borrows(recipe: MakeRec
     checked = load_recipe(recipe())
     model, processor, family = load_model(checked)
     attend_by_row(model)
-    assert share_prefixes_in(model)
+    assert not share_prefixes_in(model)
     packing = PackingCollator(MultimodalCollator(processor, family), positions_model(model), shares=True)
     rows = usable_rows(checked, 0, check_images=False).train
     for pair in ([rows[0], rows[1]], [rows[1], rows[0]]):

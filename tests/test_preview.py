@@ -178,7 +178,7 @@ def test_pack_is_the_first_micro_batch_that_is_planned(recipe: Callable[..., dic
     assert pack is not None
     checked, collator = load_recipe(given), collator_of(given)
     split, lengths = counted_rows(checked, usable_rows(checked, 42, check_images=False), collator)
-    plan = micro_batches(checked, sft_config(checked), collator, split.train, lengths, packed=True)
+    plan = micro_batches(checked, sft_config(checked), lengths, packed=True)
     positions = next(iter(plan))
     packed = flatten(collator([split.train[position] for position in positions]))
     assert [row.name for row in pack.rows] == [split.train.name(position) for position in positions]

@@ -6,6 +6,7 @@ import math
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from vlmtune.model import attend_by_row, positions_model, share_prefixes_in
 from vlmtune.packing import BatchPlan, step_bounds
 from vlmtune.proof import packing_fault
 from vlmtune.recipe import Recipe
+from vlmtune.records import Records, digest
 from vlmtune.shrinking import Tokens, shrink, tokens_of
 
 if TYPE_CHECKING:
@@ -135,42 +137,42 @@ def batching(
 
     """
     multiple = int(config.pad_to_multiple_of or steady(config.device, model.dtype))
-    packing = PackingCollator(collator, positions_model(model), multiple, shares=not config.torch_compile)
-    obstacle = ""
+    grouped = recipe.packing.group_by_image
+    packing = PackingCollator(collator, positions_model(model), multiple, shares_pictures=grouped)
+    obstacle = unshared = ""
     if recipe.packing.mode != "off":
-        shares, obstacle = agree(_tried_out(model, packing, rows, lengths))
-        packing = replace(packing, shares=shares)
+        obstacle, unshared = agree(_tried_out(model, packing, rows, lengths, compiled=config.torch_compile))
     if obstacle and recipe.packing.length:
         raise RecipeError(f"`packing.length` is {recipe.packing.length}, and {obstacle}")
-    if recipe.packing.group_by_image and not packing.shares:
-        why = obstacle or "this model computes each row of a pack whole, so that it would gain nothing"
-        raise RecipeError(f"`packing.group_by_image` is on, and {why}")
+    if unshared and grouped:
+        raise RecipeError(f"`packing.group_by_image` is on, and {unshared}")
     packed = recipe.packing.mode != "off" and not obstacle
-    plan = micro_batches(recipe, config, collator, rows, lengths, packed=packed)
+    plan = micro_batches(
+        recipe, config, lengths, packed=packed, together=agree(by_pictures(collator, rows)) if grouped else None
+    )
     if packed:
         padding = f"padding only to a multiple of {multiple}" if multiple > 1 else "no padding"
-        shared = ", common prefixes once" if packing.shares else ""
-        shared += ", rows of the same pictures together" if recipe.packing.group_by_image else ""
+        shared = "" if unshared else ", common prefixes and pictures once" if grouped else ", common prefixes once"
+        packing = replace(packing, shares=not unshared)
         return Batching(packing, collator, plan, f"on: {padding}{shared}, at most {plan.largest:,} tokens a micro-batch")
     return Batching(collator, collator, plan, f"off: {obstacle}" if obstacle else "off")
 
 
 def micro_batches(
-    recipe: Recipe,
-    config: SFTConfig,
-    collator: MultimodalCollator,
-    rows: Rows | Sequence[Row],
-    lengths: Sequence[int],
-    *,
-    packed: bool,
+    recipe: Recipe, config: SFTConfig, lengths: Sequence[int], *, packed: bool, together: Sequence[int] | None = None
 ) -> BatchPlan:
     """The plan of all epochs: micro-batches of as many tokens as the padded ones have at most, or as `packing.length` says.
+
+    Args:
+        recipe, config: the latter as the trainer has it.
+        lengths: tokens of each row.
+        packed: or padded.
+        together: which rows are better together, as `by_pictures` numbers them.
 
     Raises:
         DatasetError: there are fewer rows than processes.
 
     """
-    together = _by_pictures(collator, rows) if recipe.packing.group_by_image else None
     try:
         return BatchPlan(
             lengths,
@@ -188,30 +190,44 @@ def micro_batches(
         raise DatasetError(str(error)) from error
 
 
-def _by_pictures(collator: MultimodalCollator, rows: Rows | Sequence[Row]) -> Sequence[int]:
+def by_pictures(collator: MultimodalCollator, rows: Rows | Sequence[Row]) -> Sequence[int]:
     """A number for each row, the same for rows that show the same pictures; those that show none have one of their own."""
-    first: dict[tuple[Any, ...], int] = {}
+    known = Records("q")
     numbers = array("q")
     with progress() as bar:
         task = bar.add_task("Comparing pictures", total=len(rows), text="")
         for position in range(len(rows)):
-            numbers.append(first.setdefault(collator.shown(rows[position]) or (position,), position))
+            key = digest(repr(collator.shown(rows[position]) or position))
+            if key not in known:
+                known[key] = (position,)
+            numbers.append(known[key][0])
             bar.advance(task)
     return numbers
 
 
-def _tried_out(model: PeftModel, packing: PackingCollator, rows: Rows, lengths: Sequence[int]) -> tuple[bool, str]:
-    """Whether packs may share prefixes, and why rows cannot be packed, or nothing; tried out on short rows."""
+def _tried_out(
+    model: PeftModel, packing: PackingCollator, rows: Rows, lengths: Sequence[int], *, compiled: bool
+) -> tuple[str, str]:
+    """Why rows cannot be packed, and why packs cannot share what they begin with; nothing where they can."""
     try:
         attend_by_row(model)
     except ModelError as error:
-        return False, str(error)
-    shortest = [rows[position] for position in sorted(range(len(lengths)), key=lengths.__getitem__)[:LOOKED_AT]]
-    samples = sorted(shortest, key=lambda sample: not pictures(sample))[:2]  # stable: with pictures, where there are any
-    tried = [*samples, _cut_short(samples[0])]  # the last shows the same picture as the first
-    if packing.shares and share_prefixes_in(model) and packing_fault(model, packing, tried) is None:
-        return True, ""
-    return False, packing_fault(model, replace(packing, shares=False), tried) or ""
+        return str(error), str(error)
+    tried = _samples(packing, rows, lengths)
+    unshared = "`train.torch_compile` is on, for which lengths would vary" if compiled else share_prefixes_in(model)
+    unshared = unshared or packing_fault(model, replace(packing, shares=True), tried) or ""
+    return (packing_fault(model, packing, tried) or "") if unshared else "", unshared
+
+
+def _samples(packing: PackingCollator, rows: Rows, lengths: Sequence[int]) -> Sequence[Row]:
+    """Two short rows, with pictures where there are any; where pictures are shared, one more of the first's between them."""
+    shortest = (rows[position] for position in sorted(range(len(lengths)), key=lengths.__getitem__))
+    looked_at = list(islice(shortest, LOOKED_AT))
+    seeing, texts = [one for one in looked_at if pictures(one)], [one for one in looked_at if not pictures(one)]
+    if packing.shares_pictures:  # then on among longer ones
+        seeing += islice(filter(pictures, shortest), max(2 - len(seeing), 0))
+    first, *others = [*seeing, *texts][:2]
+    return [first, _cut_short(first), *others] if packing.shares_pictures else [first, *(others or [first])]
 
 
 def _cut_short(row: Row) -> Row:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,7 +18,7 @@ from vlmtune.checks import Check, Finding, Patient, failure, gib, named, ok, war
 from vlmtune.collator import pictures
 from vlmtune.data import Rows
 from vlmtune.images import original
-from vlmtune.model import compute_dtype
+from vlmtune.model import compute_dtype, sharing_obstacle
 from vlmtune.recipe import ModelSection
 from vlmtune.tools import beside
 
@@ -106,11 +107,13 @@ def duplicates(patient: Patient) -> Finding:
     repeated: list[str] = []
     seen: set[str] = set()
     rows, count = patient.split.train, 0
+    shown: Counter[str] = Counter()  # all pictures of a row
     for position in patient.some(rows):
         row = rows[position]
         prints = [patient.collator.album.fingerprint(original(source)) for source in pictures(row)]
         count += len(prints)
         seen.update(prints)
+        shown[" ".join(prints)] += bool(prints)
         texts = [part["text"] for message in row["messages"] for part in message["content"] if part["type"] == "text"]
         others = [beside(message) for message in row["messages"]]
         earlier = first.setdefault(repr((prints, texts, others)), rows.name(position))
@@ -121,8 +124,9 @@ def duplicates(patient: Patient) -> Finding:
             f"{named(repeated)}: the same pictures and texts again, {len(repeated)} rows in all",
             "leave repetitions out: they are learnt by heart",
         )
-    grouped = patient.recipe.packing.group_by_image or len(seen) == count
-    hint = "" if grouped else "; `packing.group_by_image` has those of a pack computed once"
+    packing, several = patient.recipe.packing, sum(count for count in shown.values() if count > 1)
+    useful = several and packing.mode != "off" and not packing.group_by_image and not sharing_obstacle(patient.config)
+    hint = f"; {several} rows show what others show: `packing.group_by_image` brings them together" if useful else ""
     return ok(f"no row stands twice; {count} pictures, {len(seen)} of them distinct{hint}")
 
 

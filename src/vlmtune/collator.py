@@ -123,10 +123,11 @@ class MultimodalCollator:
             self._picture_tokens[size] = int((ids == placeholder).sum())
         return self._picture_tokens[size]
 
-    def shown(self, row: Row) -> tuple[Any, ...]:
-        """Equal for rows that show the same pictures in the same order. Videos are never known to be the same."""
+    def shown(self, row: Row) -> tuple[str, ...]:
+        """The fingerprints of a row's pictures, in order. Videos have none: a row's are like no other row's."""
         parts = [part for message in row["messages"] for part in message["content"] if part["type"] != "text"]
-        return tuple(self.album.fingerprint(part["image"]) if part["type"] == "image" else object() for part in parts)
+        own = str(row.get("name") or id(row))
+        return tuple(self.album.fingerprint(part["image"]) if part["type"] == "image" else own for part in parts)
 
     def lengths(self, rows: Sequence[Row]) -> list[int]:
         """Tokens of each row, those counted that stand for its pictures; no picture is decoded."""
@@ -340,11 +341,12 @@ class PackingCollator:
     core: Any  # the model without its head, for its positions: on the meta device
     multiple: int = 1  # of tokens
     shares: bool = False  # what rows begin with alike is computed once
+    shares_pictures: bool = False  # also the same pictures
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         packed = self.collator.family.flatten(self.collator(rows), self.core)
         if self.shares:
-            shown = [self.collator.shown(row) for row in rows]
+            shown = [self.collator.shown(row) if self.shares_pictures else number for number, row in enumerate(rows)]
             packed = share_prefixes(packed, image_token_ids=self.collator.never_trained, pictures=shown)
         return self.collator.filled(packed, self.multiple)
 

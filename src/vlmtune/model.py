@@ -529,22 +529,28 @@ def attend_by_row(model: PeftModel) -> None:
     base.set_attn_implementation({named[0]: IMPLEMENTATION} if named else IMPLEMENTATION)
 
 
-def share_prefixes_in(model: PeftModel) -> bool:
-    """Has the language model compute once what rows of a pack begin with alike, and tells whether it is one that may.
-
-    Its attention has to be the one that knows of it, over all of a row: a sliding window or chunks would need a mask of all
-    tokens, and other layers than attention know nothing of it. Where pictures are looked at by cross-attention, tokens before a
-    picture see it too. A mixture of experts is balanced over all tokens.
-    """
+def share_prefixes_in(model: PeftModel) -> str:
+    """Has the language model compute once what rows of a pack begin with alike; or tells why it cannot."""
     base: Any = model.get_base_model()
-    text = base.config.get_text_config()
+    attention = base.config.get_text_config()._attn_implementation
+    if attention != IMPLEMENTATION:
+        return f"`model.attention` is {attention}, which does not let rows share what they begin with"
+    if not (obstacle := sharing_obstacle(base.config)):
+        compute_once(base.base_model.get_decoder())
+    return obstacle
+
+
+def sharing_obstacle(config: Any) -> str:
+    """Why a model of this config cannot compute once what rows of a pack begin with alike, if it cannot."""
+    text = config.get_text_config()
+    if hasattr(text, "cross_attention_layers"):
+        return "pictures are read through cross-attention here, by the tokens before a picture too"
+    if hasattr(text, "output_router_logits"):
+        return "the model is a mixture of experts, which is balanced over all tokens"
     others = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
-    bounded = any(getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    unlike = any(hasattr(text, name) for name in ("cross_attention_layers", "output_router_logits"))
-    if text._attn_implementation != IMPLEMENTATION or others or bounded or unlike:
-        return False
-    compute_once(base.base_model.get_decoder())
-    return True
+    if others or any(getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")):
+        return "not all layers of the model are attention over all of a row"
+    return ""
 
 
 def last_mlp(model: PeftModel, family: Family) -> LeanMLP | None:

@@ -1,7 +1,8 @@
 """Which rows go together in which micro-batch, for every epoch.
 
 A micro-batch holds as many rows as fit into a budget of tokens, while an optimiser step holds a fixed number of rows: how
-rows are packed decides memory and speed, never what is learned from.
+rows are packed decides memory and speed, never what is learned from. Rows that are better together are the one exception: they
+share their steps.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class BatchPlan(BatchRebalanceSampler):  # by this class alone the trainer knows
         rows_per_step: rows of an optimiser step, of all processes together.
         max_tokens: what a micro-batch may cost at most.
         packed: a micro-batch is a sequence without padding and costs the sum of its lengths; else rows × longest row.
-        together: a number for each row. Rows with the same one come one after the other where the order is shuffled, as many as
-            a step and a micro-batch hold at most, and go into one micro-batch where that makes no more of them.
+        together: a number for each row. Rows with the same one come one after the other where the order is shuffled, no more than
+            a step has, and go into one micro-batch where that makes no more of them.
         epochs: how many will be run; all of them are planned for.
         seed: decides, with the epoch, the order of the rows.
         shuffle: a new order every epoch; else rows come as they lie.
@@ -105,8 +106,12 @@ class BatchPlan(BatchRebalanceSampler):  # by this class alone the trainer knows
         """Each step's rows, longest first."""
         order = list(range(len(self.lengths)))
         if self.shuffle:
-            order = torch.randperm(len(order), generator=torch.Generator().manual_seed(self.seed + epoch)).tolist()
-            order = list(chain.from_iterable(self._bundles(order, self.rows_per_step)))
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            order = torch.randperm(len(order), generator=generator).tolist()
+            if self.together is not None:
+                bundles = bundle(order, self.together, self.rows_per_step)
+                numbers = torch.randperm(len(bundles), generator=generator).tolist()
+                order = [row for number in numbers for row in bundles[number]]
         steps = [order[start:stop] for start, stop in pairwise(self._bounds)]
         if epoch == 0:
             steps[0], steps[self._opening] = steps[self._opening], steps[0]
@@ -140,29 +145,22 @@ class BatchPlan(BatchRebalanceSampler):  # by this class alone the trainer knows
         """The rows in exactly so many groups, or in more where they do not fit."""
         if not self.packed:
             return divide_padded(rows, self.lengths, self.max_tokens, parts)
-        most = len(rows) if self.together is not None else 1
-        while most:
-            bundles = sorted(self._bundles(rows, most), key=self._tokens, reverse=True)
-            dealt = balance(range(len(bundles)), [*map(self._tokens, bundles)], parts)
-            groups = [[row for number in numbers for row in bundles[number]] for numbers in dealt]
-            if all(group and self._tokens(group) <= self.max_tokens for group in groups):
-                return groups
-            most //= 2
+        groups = balance(rows, self.lengths, parts) if self.together is None else self._divide_together(rows, parts)
+        if max(map(self._tokens, groups)) <= self.max_tokens:
+            return groups
         return split(best_fit(rows, self.lengths, self.max_tokens), parts)
 
-    def _bundles(self, rows: Group, most: int) -> list[Group]:
-        """The rows, up to so many of the same number together, as far as they fit into a micro-batch."""
-        if self.together is None or most == 1:
-            return [[row] for row in rows]
-        bundles: list[Group] = []
-        last: dict[int, Group] = {}  # of each number
-        for row in rows:
-            bundle = last.get(self.together[row])
-            if bundle is None or len(bundle) == most or self._tokens([*bundle, row]) > self.max_tokens:
-                bundle = last[self.together[row]] = []
-                bundles.append(bundle)
-            bundle.append(row)
-        return bundles
+    def _divide_together(self, rows: Group, parts: int) -> list[Group]:
+        """So many groups with rows of the same number in one, as far as that fits: the largest are cut until it does."""
+        bundles = bundle(rows, self.together or [], self.max_tokens // self.lengths[rows[0]])
+        fewest, cuts = max(parts, len(bundles)), 0
+        while True:
+            pieces = sorted(split(bundles, min(fewest + cuts, len(rows))), key=self._tokens, reverse=True)
+            dealt = balance(range(len(pieces)), [*map(self._tokens, pieces)], parts)
+            groups = [[row for number in numbers for row in pieces[number]] for numbers in dealt]
+            if len(pieces) == len(rows) or max(map(self._tokens, groups)) <= self.max_tokens:
+                return groups
+            cuts = 2 * cuts or 1
 
     def _tokens(self, group: Group) -> int:
         lengths = [self.lengths[row] for row in group]
@@ -200,6 +198,19 @@ def balance(rows: Iterable[int], lengths: Sequence[int], parts: int) -> list[Gro
         tokens, number = emptiest[0]
         groups[number].append(row)
         heapreplace(emptiest, (tokens + lengths[row], number))
+    return groups
+
+
+def bundle(rows: Sequence[int], together: Sequence[int], most: int) -> list[Group]:
+    """Rows of the same number in one group, up to so many, in the order of each group's first."""
+    groups: list[Group] = []
+    latest: dict[int, Group] = {}
+    for row in rows:
+        group = latest.get(together[row])
+        if group is None or len(group) == most:
+            group = latest[together[row]] = []
+            groups.append(group)
+        group.append(row)
     return groups
 
 

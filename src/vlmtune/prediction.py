@@ -142,7 +142,7 @@ class Gauge(TrainerCallback):
             "predicted_step_seconds": self._estimated_seconds(),
             "versions": self.plan.versions,
         }
-        if args.world_size > 1:  # other steps than those of one card
+        if args.world_size > 1 or self.plan.forecast.setting.group_by_image:  # other steps than those of one card, or of a plan
             return
         try:
             keep(self.entry)

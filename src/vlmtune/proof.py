@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,30 +22,34 @@ CANNOT = (TypeError, AttributeError, ValueError, RuntimeError, KeyError, IndexEr
 
 
 def packing_fault(model: PeftModel, collator: PackingCollator, rows: Sequence[Row]) -> str | None:
-    """What is wrong when these rows are packed: the last one sees another, or comes out other than by itself. None: nothing.
+    """What is wrong when these rows are packed: the last one sees another, or one comes out other than by itself. None: nothing.
 
-    Where the collator shares prefixes, the rows have to have one, which the last row then takes from the other.
+    Of each row but the first, what is computed in it and not in another is looked at. Where the collator shares prefixes, the
+    rows have to have one.
     """
     family = collator.collator.family
     try:
         packed = collator(rows)
         if collator.shares and "unique" not in packed:
             return "the rows have no beginning in common"
-        alone = collator.collator(rows[-1:])
-        length = int(alone["attention_mask"].sum())
-        end = int(packed.get("attention_mask", torch.ones_like(packed["input_ids"])).sum())
-        last = slice(end - length, end)
+        segments, computed = (packed[name][: len(rows)] for name in ("segments", "computed" if collator.shares else "segments"))
+        ends = [*accumulate(segments)]
+        own = [slice(end - count, end) for end, count in zip(ends, computed, strict=True)]
         with evaluating(model):
-            own = _hidden(model, family, packed)[0, last]
-            disturbed = _hidden(model, family, _other_words(packed, last))[0, last]
-            by_itself = _hidden(model, family, alone)[0, :length]
+            together = _hidden(model, family, packed)[0]
+            others = _other_words(packed, slice(ends[-1] - segments[-1], ends[-1]))
+            disturbed = _hidden(model, family, others)[0, own[-1]]
+            alone = [_hidden(model, family, collator.collator([row]))[0] for row in rows[1:]]
     except torch.OutOfMemoryError:
         raise
     except CANNOT as error:
         return f"the model cannot take packed rows ({one_line(error)})"
-    if _difference(own, disturbed) > EXACT:
+    if _difference(together[own[-1]], disturbed) > EXACT:
         return "one row of a pack sees another"
-    return "a packed row comes out other than by itself" if _differ(model, own, by_itself) else None
+    for place, states, length, count in zip(own[1:], alone, segments[1:], computed[1:], strict=True):
+        if _differ(model, together[place], states[length - count : length]):
+            return "a packed row comes out other than by itself"
+    return None
 
 
 def features_fault(

@@ -34,7 +34,15 @@ from vlmtune.console import console, decisions, is_main_process
 from vlmtune.data import SHOWN, Rows, Split, spread
 from vlmtune.errors import ModelError, OutputError, RecipeError, VlmtuneError
 from vlmtune.families import Family
-from vlmtune.model import compute_dtype, last_mlp, load_model, match_adapter_dtype, parameter_counts, use_checkpointing
+from vlmtune.model import (
+    compute_dtype,
+    last_mlp,
+    load_model,
+    match_adapter_dtype,
+    parameter_counts,
+    sharing_obstacle,
+    use_checkpointing,
+)
 from vlmtune.output import MARK, claim, disk_errors, last_checkpoint
 from vlmtune.plan.forecast import Plan
 from vlmtune.prediction import Gauge, chosen_before, in_words, planned, remedy
@@ -170,6 +178,8 @@ def _prepared(
     if collator is not None:
         drops = "drop" in (recipe.on_bad_row, recipe.on_too_long)
         return counted_rows(recipe, split, prompter)[0] if drops else split, *_as_given(recipe, collator)
+    if recipe.packing.group_by_image and (obstacle := sharing_obstacle(model.config)):  # before all pictures are encoded
+        raise RecipeError(f"`packing.group_by_image` is on, and {obstacle}")
     split, lengths = counted_rows(recipe, split, prompter)
     features, cache = keep_features(
         recipe.vision_cache,

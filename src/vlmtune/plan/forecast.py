@@ -38,6 +38,7 @@ class Setting(Data):
     attention: str | None  # `model.attention`
     max_pixels: int | None
     cached: bool  # features of the pictures are read, not computed
+    group_by_image: bool = False  # rows share pictures, by which they take less than is predicted
 
 
 class Memory(Data):

@@ -53,8 +53,9 @@ class Forecaster:
     def forecast(self) -> Forecast:
         """What the worst micro-batch needs, and what a typical step takes."""
         self._simulation = self._built()
-        rows, lengths = self.material.rows, self.material.lengths
-        self._plan = micro_batches(self._recipe, self._config, self.material.collator, rows, lengths, packed=self._packed)
+        together = self.material.by_pictures if self._recipe.packing.group_by_image else None
+        lengths = self.material.lengths
+        self._plan = micro_batches(self._recipe, self._config, lengths, packed=self._packed, together=together)
         chosen = self._chosen()
         outcomes = self._outcomes(chosen)
         batches = [self._describe(name, group) for name, group in chosen.items()]
@@ -158,7 +159,7 @@ class Forecaster:
         try:
             return build()
         except ModelError as error:
-            if not self._packed or recipe.packing.length:
+            if not self._packed or recipe.packing.length or recipe.packing.group_by_image:
                 raise
             self._packed, self._padded_because = False, str(error)
             return build()
@@ -178,6 +179,7 @@ class Forecaster:
             attention=self._recipe.model.attention,
             max_pixels=self._recipe.images.max_pixels,
             cached=self._cached,
+            group_by_image=self._recipe.packing.group_by_image,
         )
 
     # ---------------------------------------------------------------------------------------------- memory and speed

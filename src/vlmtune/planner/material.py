@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vlmtune.batching import Row, collator_of, counted_rows, rows_per_step, usable_rows
+from vlmtune.batching import Row, by_pictures, collator_of, counted_rows, rows_per_step, usable_rows
 from vlmtune.collator import MultimodalCollator, pictures
 from vlmtune.data import Rows, spread
 from vlmtune.errors import DatasetError, ModelError, RecipeError
@@ -39,6 +39,11 @@ class Material:
     def pictures(self) -> list[int]:
         """How many each row has."""
         return [len(pictures_of([self.rows[position]])) for position in range(len(self.lengths))]
+
+    @cached_property
+    def by_pictures(self) -> Sequence[int] | None:
+        """As `batching.by_pictures`; None of stated sizes, which say nothing of it."""
+        return None if self.stated else by_pictures(self.collator, self.rows)
 
     @cached_property
     def pictures_vary(self) -> bool:

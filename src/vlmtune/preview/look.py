@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from vlmtune.batch import IGNORE, flatten
-from vlmtune.batching import collator_of, counted_rows, micro_batches, usable_rows
+from vlmtune.batching import by_pictures, collator_of, counted_rows, micro_batches, usable_rows
 from vlmtune.collator import MultimodalCollator, pictures
 from vlmtune.data import Rows, spread
 from vlmtune.families import token_ids
@@ -43,7 +43,8 @@ def look(recipe: Recipe, count: int) -> tuple[tuple[ShownRow, ...], ShownPack | 
     shown = tuple(replace(row, padding=width - row.tokens) for row in rows)
     if recipe.packing.mode == "off":
         return shown, None
-    return shown, _pack(collator, split.train, micro_batches(recipe, config, collator, split.train, lengths, packed=True))
+    together = by_pictures(collator, split.train) if recipe.packing.group_by_image else None
+    return shown, _pack(collator, split.train, micro_batches(recipe, config, lengths, packed=True, together=together))
 
 
 def _row(collator: MultimodalCollator, sample: Mapping[str, Any]) -> ShownRow:
