@@ -147,9 +147,8 @@ def batching(
     if unshared and grouped:
         raise RecipeError(f"`packing.group_by_image` is on, and {unshared}")
     packed = recipe.packing.mode != "off" and not obstacle
-    plan = micro_batches(
-        recipe, config, lengths, packed=packed, together=agree(by_pictures(collator, rows)) if grouped else None
-    )
+    together = agree(by_pictures(collator, rows)) if grouped else None
+    plan = micro_batches(recipe, config, lengths, packed=packed, together=together)
     if packed:
         padding = f"padding only to a multiple of {multiple}" if multiple > 1 else "no padding"
         shared = "" if unshared else ", common prefixes and pictures once" if grouped else ", common prefixes once"

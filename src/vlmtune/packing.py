@@ -32,8 +32,8 @@ class BatchPlan(BatchRebalanceSampler):  # by this class alone the trainer knows
         rows_per_step: rows of an optimiser step, of all processes together.
         max_tokens: what a micro-batch may cost at most.
         packed: a micro-batch is a sequence without padding and costs the sum of its lengths; else rows × longest row.
-        together: a number for each row. Rows with the same one come one after the other where the order is shuffled, no more than
-            a step has, and go into one micro-batch where that makes no more of them.
+        together: a number for each row. Rows with the same one come one after the other where the order is shuffled, no more
+            than a step has, and go into one micro-batch where that makes no more of them.
         epochs: how many will be run; all of them are planned for.
         seed: decides, with the epoch, the order of the rows.
         shuffle: a new order every epoch; else rows come as they lie.

@@ -22,32 +22,35 @@ CANNOT = (TypeError, AttributeError, ValueError, RuntimeError, KeyError, IndexEr
 
 
 def packing_fault(model: PeftModel, collator: PackingCollator, rows: Sequence[Row]) -> str | None:
-    """What is wrong when these rows are packed: the last one sees another, or one comes out other than by itself. None: nothing.
+    """What is wrong when these rows are packed: the last sees another, or one comes out other than by itself. None: nothing.
 
-    Of each row but the first, what is computed in it and not in another is looked at. Where the collator shares prefixes, the
-    rows have to have one.
+    All rows but the first are held against themselves. Where the collator shares prefixes, the rows have to have one; of a row
+    that borrows much, the few tokens that are its own are looked at by themselves too.
     """
     family = collator.collator.family
     try:
         packed = collator(rows)
         if collator.shares and "unique" not in packed:
             return "the rows have no beginning in common"
-        segments, computed = (packed[name][: len(rows)] for name in ("segments", "computed" if collator.shares else "segments"))
-        ends = [*accumulate(segments)]
-        own = [slice(end - count, end) for end, count in zip(ends, computed, strict=True)]
+        singles = [collator.collator([row]) for row in rows]
+        lengths = [int(single["attention_mask"].sum()) for single in singles]
+        whole = [slice(end - length, end) for end, length in zip(accumulate(lengths), lengths, strict=True)]
         with evaluating(model):
-            together = _hidden(model, family, packed)[0]
-            others = _other_words(packed, slice(ends[-1] - segments[-1], ends[-1]))
-            disturbed = _hidden(model, family, others)[0, own[-1]]
-            alone = [_hidden(model, family, collator.collator([row]))[0] for row in rows[1:]]
+            states = _hidden(model, family, packed)[0]
+            disturbed = _hidden(model, family, _other_words(packed, whole[-1]))[0]
+            alone = [
+                _hidden(model, family, single)[0, :length] for single, length in zip(singles[1:], lengths[1:], strict=True)
+            ]
     except torch.OutOfMemoryError:
         raise
     except CANNOT as error:
         return f"the model cannot take packed rows ({one_line(error)})"
-    if _difference(together[own[-1]], disturbed) > EXACT:
+    if _difference(states[whole[-1]], disturbed[whole[-1]]) > EXACT:
         return "one row of a pack sees another"
-    for place, states, length, count in zip(own[1:], alone, segments[1:], computed[1:], strict=True):
-        if _differ(model, together[place], states[length - count : length]):
+    own = packed.get("computed", lengths)[1 : len(rows)]
+    for place, count, wanted in zip(whole[1:], own, alone, strict=True):
+        found = states[place]
+        if _differ(model, found, wanted) or _differ(model, found[-count:], wanted[-count:]):
             return "a packed row comes out other than by itself"
     return None
 
