@@ -132,7 +132,7 @@ def batching(
     `agree` gives all processes the first one's value.
 
     Raises:
-        RecipeError: packs of a certain length are asked for, and this model cannot have any.
+        RecipeError: packs of a certain length or rows of a picture together are asked for, and this model cannot have them.
         DatasetError: there are fewer rows than processes.
 
     """
