@@ -19,7 +19,7 @@ from test_attention import DEVICES, layer, tensors
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from vlmtune import MultimodalCollator, batching, collator, finetune, load_recipe
+from vlmtune import MultimodalCollator, batching, collator, finetune, load_recipe, proof
 from vlmtune.attention import BLOCK, packed_attention
 from vlmtune.batch import fill_up, flatten
 from vlmtune.batching import usable_rows
@@ -199,7 +199,7 @@ def run_with(recipe: Mapping[str, Any], shares: bool, monkeypatch: pytest.Monkey
         patch.setattr(Trainer, "training_step", look)
         if not shares:
             patch.setattr(collator, "share_prefixes", lambda packed, **_: packed)
-            patch.setattr(batching, "packing_fault", lambda *_: None)
+            patch.setattr(proof, "packing_fault", lambda *_: None)
         return finetune(recipe, overwrite=True), seen
 
 
@@ -310,10 +310,10 @@ def test_where_pictures_are_shared_rows_with_pictures_are_tried_and_the_first_s_
 
     def tried(rows: list[dict[str, Any]], shares_pictures: bool) -> list[tuple[str, str]]:
         packing = PackingCollator(cast("Any", None), None, shares_pictures=shares_pictures)
-        chosen = batching._samples(packing, cast("Any", rows), range(1, len(rows) + 1))
+        chosen = proof._samples(packing, cast("Any", rows), range(1, len(rows) + 1))
         return [(one["name"], one["messages"][-1]["content"][0]["text"]) for one in chosen]
 
-    texts = [row(f"text {number}") for number in range(batching.LOOKED_AT)]
+    texts = [row(f"text {number}") for number in range(proof.LOOKED_AT)]
     shown = [row("cat", "cat.png"), row("dog", "dog.png")]
     assert tried([*texts, *shown], True) == [("cat", "abcd"), ("cat", "ab"), ("dog", "abcd")]
     assert tried([texts[0], *shown], True) == [("cat", "abcd"), ("cat", "ab"), ("dog", "abcd")]
@@ -335,7 +335,7 @@ def test_a_fault_in_the_few_tokens_that_a_borrowing_row_computes_is_told(
     shares = {"shares": True, "shares_pictures": True}
     packing = PackingCollator(MultimodalCollator(processor, family), positions_model(model), **shares)
     rows = usable_rows(checked, 0, check_images=False).train
-    tried = [rows[11], batching._cut_short(rows[11]), rows[10]]
+    tried = [rows[11], proof._cut_short(rows[11]), rows[10]]
     assert packing_fault(model, packing, tried) is None
     assert packing_fault(model, OtherWayRound(**vars(packing)), tried) == "a packed row comes out other than by itself"
 
@@ -363,9 +363,9 @@ def test_a_row_is_cut_short_by_half_of_what_it_ends_with() -> None:
         return {"name": "row 1", "messages": [{"role": "user", "content": []}, {"role": "assistant", "content": [*parts]}]}
 
     for text, half in (("abcd", "ab"), ("  abc ", "ab"), ("a", "a")):
-        assert batching._cut_short(answered({"type": "text", "text": text})) == answered({"type": "text", "text": half})
+        assert proof._cut_short(answered({"type": "text", "text": text})) == answered({"type": "text", "text": half})
     for row in (answered(), answered({"type": "text", "text": " "}), answered({"type": "image", "image": "a.png"})):
-        assert batching._cut_short(row) == row
+        assert proof._cut_short(row) == row
 
 
 @pytest.mark.parametrize(

@@ -6,21 +6,20 @@ import math
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 
 from vlmtune.batch import steady
-from vlmtune.collator import MultimodalCollator, PackingCollator, pictures
+from vlmtune.collator import MultimodalCollator, PackingCollator
 from vlmtune.console import progress
 from vlmtune.data import Rows, Split, find_bad_rows, load_data
-from vlmtune.errors import DatasetError, ModelError, RecipeError
+from vlmtune.errors import DatasetError, RecipeError
 from vlmtune.families import Family
-from vlmtune.model import attend_by_row, positions_model, share_prefixes_in
+from vlmtune.model import positions_model
 from vlmtune.packing import BatchPlan, step_bounds
-from vlmtune.proof import packing_fault
+from vlmtune.proof import packs_tried_out
 from vlmtune.recipe import Recipe
 from vlmtune.records import Records, digest
 from vlmtune.shrinking import Tokens, shrink, tokens_of
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 Collator = Callable[[Sequence[Row]], Mapping[str, Any]]
 AT_ONCE = 32  # rows in one call of the processor
-LOOKED_AT = 64  # short rows among which two with pictures are looked for
 
 
 @dataclass(frozen=True)
@@ -141,7 +139,7 @@ def batching(
     packing = PackingCollator(collator, positions_model(model), multiple, shares_pictures=grouped)
     obstacle = unshared = ""
     if recipe.packing.mode != "off":
-        obstacle, unshared = agree(_tried_out(model, packing, rows, lengths, compiled=config.torch_compile))
+        obstacle, unshared = agree(packs_tried_out(model, packing, rows, lengths, compiled=config.torch_compile))
     if obstacle and recipe.packing.length:
         raise RecipeError(f"`packing.length` is {recipe.packing.length}, and {obstacle}")
     if unshared and grouped:
@@ -202,41 +200,6 @@ def by_pictures(collator: MultimodalCollator, rows: Rows | Sequence[Row]) -> Seq
             numbers.append(known[key][0])
             bar.advance(task)
     return numbers
-
-
-def _tried_out(
-    model: PeftModel, packing: PackingCollator, rows: Rows, lengths: Sequence[int], *, compiled: bool
-) -> tuple[str, str]:
-    """Why rows cannot be packed, and why packs cannot share what they begin with; nothing where they can."""
-    try:
-        attend_by_row(model)
-    except ModelError as error:
-        return str(error), str(error)
-    tried = _samples(packing, rows, lengths)
-    unshared = "`train.torch_compile` is on, for which lengths would vary" if compiled else share_prefixes_in(model)
-    unshared = unshared or packing_fault(model, replace(packing, shares=True), tried) or ""
-    return (packing_fault(model, packing, tried) or "") if unshared else "", unshared
-
-
-def _samples(packing: PackingCollator, rows: Rows, lengths: Sequence[int]) -> Sequence[Row]:
-    """Two short rows, with pictures where there are any; where pictures are shared, one more of the first's between them."""
-    shortest = (rows[position] for position in sorted(range(len(lengths)), key=lengths.__getitem__))
-    looked_at = list(islice(shortest, LOOKED_AT))
-    seeing, texts = [one for one in looked_at if pictures(one)], [one for one in looked_at if not pictures(one)]
-    if packing.shares_pictures:  # then on among longer ones
-        seeing += islice(filter(pictures, shortest), max(2 - len(seeing), 0))
-    first, *others = [*seeing, *texts][:2]
-    return [first, _cut_short(first), *others] if packing.shares_pictures else [first, *(others or [first])]
-
-
-def _cut_short(row: Row) -> Row:
-    """The row with half of its last text, so that it begins like it, pictures and all."""
-    *before, last = row["messages"]
-    *parts, end = last["content"] or [{}]  # of a call there may be nothing else
-    text = end.get("text", "").strip()
-    if not text:
-        return row
-    return {**row, "messages": [*before, {**last, "content": [*parts, {**end, "text": text[: (len(text) + 1) // 2]}]}]}
 
 
 def rows_per_step(config: SFTConfig) -> int:

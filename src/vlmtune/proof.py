@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate
+from dataclasses import replace
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
@@ -11,14 +12,60 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from vlmtune.collator import MultimodalCollator, PackingCollator, pictures
-from vlmtune.errors import one_line
+from vlmtune.data import Rows
+from vlmtune.errors import ModelError, one_line
 from vlmtune.families import Family
-from vlmtune.model import evaluating, kept_apart, on_device
+from vlmtune.model import attend_by_row, evaluating, kept_apart, on_device, share_prefixes_in
 
 Row = Mapping[str, Any]
+LOOKED_AT = 64  # short rows among which two with pictures are looked for
 EXACT = 1e-4  # largest difference of hidden states, relative to their size; a row that is seen by another changes far more
 ROUNDED = 5e-2  # the same in 16 bit, where the order of sums shows
 CANNOT = (TypeError, AttributeError, ValueError, RuntimeError, KeyError, IndexError)  # what models raise at unknown inputs
+
+
+def packs_tried_out(
+    model: PeftModel, packing: PackingCollator, rows: Rows, lengths: Sequence[int], *, compiled: bool
+) -> tuple[str, str]:
+    """Why rows cannot be packed, and why packs cannot share what they begin with; nothing where they can.
+
+    Args:
+        model: on its device. Its attention becomes the one that keeps rows apart.
+        packing: makes the packs.
+        rows: of which short ones are taken.
+        lengths: their tokens.
+        compiled: the model will be.
+
+    """
+    try:
+        attend_by_row(model)
+    except ModelError as error:
+        return str(error), str(error)
+    tried = _samples(packing, rows, lengths)
+    unshared = "`train.torch_compile` is on, for which lengths would vary" if compiled else share_prefixes_in(model)
+    unshared = unshared or packing_fault(model, replace(packing, shares=True), tried) or ""
+    return (packing_fault(model, packing, tried) or "") if unshared else "", unshared
+
+
+def _samples(packing: PackingCollator, rows: Rows, lengths: Sequence[int]) -> Sequence[Row]:
+    """Two short rows, with pictures where there are any; where pictures are shared, one more of the first's between them."""
+    shortest = (rows[position] for position in sorted(range(len(lengths)), key=lengths.__getitem__))
+    looked_at = list(islice(shortest, LOOKED_AT))
+    seeing, texts = [one for one in looked_at if pictures(one)], [one for one in looked_at if not pictures(one)]
+    if packing.shares_pictures:  # then on among longer ones
+        seeing += islice(filter(pictures, shortest), max(2 - len(seeing), 0))
+    first, *others = [*seeing, *texts][:2]
+    return [first, _cut_short(first), *others] if packing.shares_pictures else [first, *(others or [first])]
+
+
+def _cut_short(row: Row) -> Row:
+    """The row with half of its last text, so that it begins like it, pictures and all."""
+    *before, last = row["messages"]
+    *parts, end = last["content"] or [{}]  # of a call there may be nothing else
+    text = end.get("text", "").strip()
+    if not text:
+        return row
+    return {**row, "messages": [*before, {**last, "content": [*parts, {**end, "text": text[: (len(text) + 1) // 2]}]}]}
 
 
 def packing_fault(model: PeftModel, collator: PackingCollator, rows: Sequence[Row]) -> str | None:
