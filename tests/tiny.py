@@ -136,38 +136,20 @@ def _qwen2_vl(vocabulary: int, tokenizer: Any) -> torch.nn.Module:
 
 
 def _qwen2_5_vl(vocabulary: int, tokenizer: Any) -> torch.nn.Module:
-    config = transformers.Qwen2_5_VLConfig(
-        text_config=_qwen_text(vocabulary, tokenizer),
-        vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "out_hidden_size": 64,
-            "intermediate_size": 64,
-            "num_heads": 2,
-            "fullatt_block_indexes": [1],
-        },
-        tie_word_embeddings=False,
-        **_qwen_ids(tokenizer),
-    )
-    return transformers.Qwen2_5_VLForConditionalGeneration(config)
+    return _later_qwen("Qwen2_5_VL", tokenizer, _qwen_text(vocabulary, tokenizer), fullatt_block_indexes=[1])
 
 
 def _qwen3_vl(vocabulary: int, tokenizer: Any) -> torch.nn.Module:
-    config = transformers.Qwen3VLConfig(
-        text_config={**_qwen_text(vocabulary, tokenizer), "head_dim": 16},
-        vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "out_hidden_size": 64,
-            "intermediate_size": 64,
-            "num_heads": 2,
-            "num_position_embeddings": 16,
-            "deepstack_visual_indexes": [0],
-        },
-        tie_word_embeddings=False,
-        **_qwen_ids(tokenizer),
+    text = {**_qwen_text(vocabulary, tokenizer), "head_dim": 16}
+    return _later_qwen("Qwen3VL", tokenizer, text, num_position_embeddings=16, deepstack_visual_indexes=[0])
+
+
+def _later_qwen(name: str, tokenizer: Any, text: dict[str, Any], **vision: Any) -> torch.nn.Module:
+    sizes = {"depth": 2, "hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 64, "num_heads": 2}
+    config = getattr(transformers, f"{name}Config")(
+        text_config=text, vision_config={**sizes, **vision}, tie_word_embeddings=False, **_qwen_ids(tokenizer)
     )
-    return transformers.Qwen3VLForConditionalGeneration(config)
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config)
 
 
 def _mllama(vocabulary: int, tokenizer: Any) -> torch.nn.Module:
