@@ -675,6 +675,8 @@ def test_two_processes_pack_like_one_and_resume_in_the_middle_of_an_epoch_exactl
     bucketed: MakeRecipe, tmp_path: Path, kind: str, grouped: bool
 ) -> None:
     shared: dict[str, Any] = {"lora.dropout": 0, "eval.samples": 0}
+    if kind in ("mllama", "text"):  # smaller packs would open with another step: the order is shuffled for the others alone
+        shared |= {"train.train_sampling_strategy": "sequential"}
     if grouped:
         rows = rows_file(tmp_path / "questions", pictures=[1], distinct=4)
         shared |= {"packing": {"group_by_image": True}, "data": {"source": str(rows), "format": "openai"}}
