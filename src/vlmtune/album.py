@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from PIL import Image
 
-from vlmtune.images import Shrunk, fingerprint, image_size, load_image, original
+from vlmtune.ahead import ahead
+from vlmtune.images import Shrunk, fingerprint, image_size, is_open, load_image, original
 from vlmtune.records import DIGEST, Records, digest
 
 LONGEST_NAME = 1000  # characters: a longer one holds the picture itself, as a data URL does
@@ -48,14 +51,26 @@ class Album:
 
     def fingerprint(self, source: Any) -> str:
         """The same for the same picture: `images.fingerprint`."""
-        if not _is_name(source):
-            return fingerprint(source)
-        key = digest(repr(source))
-        if known := self._fingerprints.get(key):
-            return known[0].hex()
-        found = fingerprint(source)
-        self._fingerprints[key] = (bytes.fromhex(found),)
+        return self._noted(source, self._known(source) or fingerprint(source))
+
+    def fingerprints(self, sources: Iterable[Any]) -> Iterator[str]:
+        """Of each of these, several read at once."""
+        asked = ((source, fingerprint(source) if is_open(source) else self._known(source)) for source in sources)
+        return itertools.starmap(self._noted, ahead(_fingerprinted, asked))
+
+    def _known(self, source: Any) -> str:
+        known = self._fingerprints.get(digest(repr(source))) if _is_name(source) else None
+        return known[0].hex() if known else ""
+
+    def _noted(self, source: Any, found: str) -> str:
+        if _is_name(source):
+            self._fingerprints[digest(repr(source))] = (bytes.fromhex(found),)
         return found
+
+
+def _fingerprinted(asked: tuple[Any, str]) -> tuple[Any, str]:
+    source, known = asked
+    return source, known or fingerprint(source)
 
 
 def _is_name(source: Any) -> bool:

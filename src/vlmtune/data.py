@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from vlmtune.ahead import ahead
 from vlmtune.console import bar
 from vlmtune.errors import DatasetError
-from vlmtune.images import Shrunk, load_image
+from vlmtune.images import Shrunk, is_open, load_image
 from vlmtune.messages import format_messages
 from vlmtune.reading import Row, read_rows
 from vlmtune.recipe import DataSection
@@ -166,17 +167,36 @@ def load_data(section: DataSection, *, seed: int = 42) -> Split:
 
 def find_bad_rows(rows: Rows, *, check_images: bool = True) -> dict[int, str]:
     """Position → what is wrong, for every row that makes no messages or, with `check_images`, whose picture does not decode."""
-    bad: dict[int, str] = {}
-    for position in bar(range(len(rows)), "Checking rows"):
+
+    def pictures(position: int) -> list[Any] | DatasetError:
         try:
             sample = rows[position]
-            pictures = [part["image"] for m in sample["messages"] for part in m["content"] if part["type"] == "image"]
-            if check_images:
-                for picture in pictures:
-                    load_image(picture)
         except DatasetError as error:
-            bad[position] = str(error).removeprefix(f"{rows.name(position)}: ")
-    return bad
+            return error
+        if not check_images:
+            return []
+        found = [part["image"] for message in sample["messages"] for part in message["content"] if part["type"] == "image"]
+        return _undecodable(list(filter(is_open, found))) or [picture for picture in found if not is_open(picture)]
+
+    positions = range(len(rows))
+    faults = (ahead if check_images else map)(_undecodable, map(pictures, positions))
+    return {
+        position: str(fault).removeprefix(f"{rows.name(position)}: ")
+        for position, fault in zip(bar(positions, "Checking rows"), faults, strict=True)
+        if fault is not None
+    }
+
+
+def _undecodable(pictures: list[Any] | DatasetError) -> DatasetError | None:
+    """What is wrong with the first picture that does not decode, or was wrong before there were any."""
+    if isinstance(pictures, DatasetError):
+        return pictures
+    try:
+        for picture in pictures:
+            load_image(picture)
+    except DatasetError as error:
+        return error
+    return None
 
 
 def _open(section: DataSection, source: str, split: str) -> Rows:

@@ -88,6 +88,11 @@ def original(source: Source) -> Source:
     return original(source.source) if isinstance(source, Shrunk) else source
 
 
+def is_open(source: Source) -> bool:
+    """Whether it is an image of Pillow's, which may be in several rows, and which one thread at a time may load."""
+    return isinstance(original(source), Image.Image)
+
+
 def describe_source(source: object) -> str:
     """A few words for an error message: `picture 'a.jpg'`, `picture in a data URL`; never the bytes themselves."""
     if isinstance(source, Image.Image):

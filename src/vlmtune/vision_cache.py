@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import shutil
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import psutil
 import transformers
 from peft import PeftModel
+from PIL.Image import Image
 from torch import Tensor
 
+from vlmtune.ahead import ahead
 from vlmtune.collator import MultimodalCollator, pictures
 from vlmtune.console import progress
 from vlmtune.data import Rows, spread
-from vlmtune.errors import RecipeError
+from vlmtune.errors import ImageError, RecipeError
 from vlmtune.features import FeatureStore, tower_key
 from vlmtune.model import evaluating, on_device
 from vlmtune.output import cache_directory, existing
@@ -134,16 +138,18 @@ class _Tower:
         self.collator, self.kept = collator, kept
         self._model = model
 
-    def encode(self, sources: Sequence[Any]) -> list[Tensor]:
+    def encode(self, batch: Mapping[str, Any]) -> list[Tensor]:
+        """The features of the pictures whose pixels a batch holds."""
         core: Any = self._model.get_base_model().base_model
         with evaluating(self._model):
-            return self.collator.family.encode(core, on_device(self.collator.pictures(sources), self._model))
+            return self.collator.family.encode(core, on_device(batch, self._model))
 
     def known(self, sources: Sequence[Any]) -> list[Tensor]:
-        """As `encode`, and those that are kept are read."""
+        """The features of these pictures; those that are kept are read."""
         keys = map(self.collator.album.fingerprint, sources)
         return [
-            self.kept[key] if key in self.kept else self.encode([source])[0] for key, source in zip(keys, sources, strict=True)
+            self.kept[key] if key in self.kept else self.encode(self.collator.pictures([source]))[0]
+            for key, source in zip(keys, sources, strict=True)
         ]
 
 
@@ -172,14 +178,21 @@ def _distinct(collator: MultimodalCollator, parts: Sequence[Rows]) -> tuple[_Pic
     Not the pictures themselves: in rows of a Parquet file they are bytes, which would all come into memory.
     """
     found, uses = _Pictures(parts), 0
-    with progress() as shown:
-        task = shown.add_task("Looking through pictures", total=sum(map(len, parts)), text="")
+    places: deque[tuple[int, int, int]] = deque()  # of the pictures that are being read
+
+    def sources() -> Iterator[Any]:
         for part, rows in enumerate(parts):
             for position in range(len(rows)):
                 for number, source in enumerate(pictures(rows[position])):
-                    found.enter(collator.album.fingerprint(source), part, position, number)
-                    uses += 1
+                    places.append((part, position, number))
+                    yield source
                 shown.advance(task)
+
+    with progress() as shown:
+        task = shown.add_task("Looking through pictures", total=sum(map(len, parts)), text="")
+        for key in collator.album.fingerprints(sources()):
+            found.enter(key, *places.popleft())
+            uses += 1
     return found, uses
 
 
@@ -260,17 +273,31 @@ def _fill(store: FeatureStore, tower: _Tower, found: _Pictures, numbers: Sequenc
         task = shown.add_task("Encoding pictures", total=len(numbers), text="")
         pending: dict[str, Tensor] = {}
         size = 0  # bytes pending
-        at_once = tower.collator.family.pictures_at_once
-        for start in range(0, len(numbers), at_once):
-            some = [found.key(number) for number in numbers[start : start + at_once]]
-            features = tower.encode([_source(found[key]) for key in some])
-            pending |= {key: feature.cpu() for key, feature in zip(some, features, strict=True)}
+        keys = map(found.key, numbers)
+        for batch in _batches(tower.collator, (found[found.key(number)] for number in numbers)):
+            features = tower.encode(batch)
+            pending |= {key: feature.cpu() for key, feature in zip(islice(keys, len(features)), features, strict=True)}
             size += sum(feature.nbytes for feature in features)
             if size > WRITTEN_AT_ONCE or len(pending) > MOST_AT_ONCE:
                 store.add(pending)
                 pending, size = {}, 0
-            shown.advance(task, len(some))
+            shown.advance(task, len(features))
         store.add(pending)
+
+
+def _batches(collator: MultimodalCollator, places: Iterable[Place]) -> Iterator[dict[str, Any]]:
+    """Pixels of a few pictures at a time, made while the tower has others."""
+
+    def opened(given: tuple[str, Any]) -> Image:
+        name, source = given
+        try:
+            return collator.album.open(source)
+        except ImageError as error:
+            raise ImageError(f"{name}: {error}") from None
+
+    images = ahead(opened, ((rows.name(position), _source((rows, position, number))) for rows, position, number in places))
+    groups = iter(lambda: list(islice(images, collator.family.pictures_at_once)), [])
+    return ahead(collator.pictures, groups, 1)  # one thread: two would set one tokenizer's padding at once
 
 
 def _human(size: float) -> str:
