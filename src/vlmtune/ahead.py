@@ -25,12 +25,15 @@ def ahead(work: Callable[[T], R], items: Iterable[T], count: int | None = None) 
     Args:
         work: called in other threads.
         items: drawn in the caller's thread, a few more than were given out.
-        count: how many threads; None: `threads()`.
+        count: how many threads; None: `threads()`. With 0 it is `map`.
 
     Yields:
         what comes of each item, in their order. What `work` raises is raised in its turn.
 
     """
+    if count == 0:
+        yield from map(work, items)
+        return
     count = count or threads()
     with ThreadPoolExecutor(count, thread_name_prefix="ahead") as pool:
         waiting: deque[Future[R]] = deque()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError, TemplateSyntaxError
+from PIL.Image import Image
 from torch import Tensor
 
 from vlmtune.album import Album
@@ -112,7 +113,11 @@ class MultimodalCollator:
 
     def pictures(self, sources: Sequence[Any]) -> dict[str, Any]:
         """A batch of rows that hold one picture each and nothing else to speak of, for the vision tower."""
-        return self._encode([_alone(source) for source in sources])
+        return self.opened_pictures([self.album.open(source) for source in sources])
+
+    def opened_pictures(self, images: Sequence[Image]) -> dict[str, Any]:
+        """The same, of pictures that the album has opened."""
+        return self._encode([_alone(image) for image in images], open_picture=_as_it_is)
 
     def picture_tokens(self, source: Any) -> int:
         """How many tokens stand for a picture, told from its size."""
@@ -166,12 +171,14 @@ class MultimodalCollator:
         trained = self._answers(batch["input_ids"], batch["assistant_masks"], [row])
         return int(batch["input_ids"][trained][-1])
 
-    def _encode(self, rows: Sequence[Row], *, pixels: bool = True, **options: Any) -> dict[str, Tensor]:
+    def _encode(
+        self, rows: Sequence[Row], *, pixels: bool = True, open_picture: Callable[[Any], Any] | None = None, **options: Any
+    ) -> dict[str, Tensor]:
         """The processor's batch; where it refuses, the rows are tried one by one to name the one at fault.
 
         Without `pixels`, pictures are not decoded, and all is there but `pixel_values`.
         """
-        open_picture = self.album.open if pixels else self._blank
+        open_picture = open_picture or (self.album.open if pixels else self._blank)
         conversations = [self._with_pictures(row, place, open_picture) for place, row in enumerate(rows, 1)]
         options["pixels"] = pixels
         try:
@@ -363,6 +370,10 @@ def _with_blanks(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return {**part, "image": blank(*part["image"].size)} if part["type"] == "image" else dict(part)
 
     return [{**m, "content": [blanked(part) for part in m["content"]]} for m in messages]
+
+
+def _as_it_is(image: Image) -> Image:
+    return image
 
 
 def _alone(source: Any) -> dict[str, Any]:

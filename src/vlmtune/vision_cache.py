@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -137,6 +137,7 @@ class _Tower:
     def __init__(self, model: PeftModel, collator: MultimodalCollator, kept: FeatureStore) -> None:
         self.collator, self.kept = collator, kept
         self._model = model
+        self.on_gpu = model.device.type != "cpu"
 
     def encode(self, batch: Mapping[str, Any]) -> list[Tensor]:
         """The features of the pictures whose pixels a batch holds."""
@@ -273,31 +274,45 @@ def _fill(store: FeatureStore, tower: _Tower, found: _Pictures, numbers: Sequenc
         task = shown.add_task("Encoding pictures", total=len(numbers), text="")
         pending: dict[str, Tensor] = {}
         size = 0  # bytes pending
-        keys = map(found.key, numbers)
-        for batch in _batches(tower.collator, (found[found.key(number)] for number in numbers)):
+        for keys, batch in _batches(tower.collator, found, numbers, on_gpu=tower.on_gpu):
             features = tower.encode(batch)
-            pending |= {key: feature.cpu() for key, feature in zip(islice(keys, len(features)), features, strict=True)}
+            pending |= {key: feature.cpu() for key, feature in zip(keys, features, strict=True)}
             size += sum(feature.nbytes for feature in features)
             if size > WRITTEN_AT_ONCE or len(pending) > MOST_AT_ONCE:
                 store.add(pending)
                 pending, size = {}, 0
-            shown.advance(task, len(features))
+            shown.advance(task, len(keys))
         store.add(pending)
 
 
-def _batches(collator: MultimodalCollator, places: Iterable[Place]) -> Iterator[dict[str, Any]]:
-    """Pixels of a few pictures at a time, made while the tower has others."""
+def _batches(
+    collator: MultimodalCollator, found: _Pictures, numbers: Sequence[int], *, on_gpu: bool
+) -> Iterator[tuple[Sequence[str], dict[str, Any]]]:
+    """Keys and pixels of a few pictures at a time; while a GPU has these, others are made.
 
-    def opened(given: tuple[str, Any]) -> Image:
-        name, source = given
+    A tower on a CPU takes all of its cores: threads beside it would make it slower by a third.
+    """
+
+    def read(number: int) -> tuple[str, str, Any]:
+        key = found.key(number)
+        rows, position, _ = found[key]
+        return key, rows.name(position), _source(found[key])
+
+    def opened(picture: tuple[str, str, Any]) -> tuple[str, Image]:
+        key, name, source = picture
         try:
-            return collator.album.open(source)
+            return key, collator.album.open(source)
         except ImageError as error:
             raise ImageError(f"{name}: {error}") from None
 
-    images = ahead(opened, ((rows.name(position), _source((rows, position, number))) for rows, position, number in places))
-    groups = iter(lambda: list(islice(images, collator.family.pictures_at_once)), [])
-    return ahead(collator.pictures, groups, 1)  # one thread: two would set one tokenizer's padding at once
+    images, at_once = ahead(opened, map(read, numbers), None if on_gpu else 0), collator.family.pictures_at_once
+
+    def made(start: int) -> tuple[Sequence[str], dict[str, Any]]:
+        keys, some = zip(*islice(images, min(at_once, len(numbers) - start)), strict=True)
+        return keys, collator.opened_pictures(some)
+
+    starts = range(0, len(numbers), at_once)
+    return ahead(made, starts, 1 if on_gpu else 0)  # two threads would set one tokenizer's padding at once
 
 
 def _human(size: float) -> str:
