@@ -47,6 +47,10 @@ def test_loader() -> None:
     assert "pixtral" in run("loader.py", "--workers", 0, "--markdown")
 
 
+def test_reading() -> None:
+    assert "12 megapixels" in run("reading.py", "--threads", 1, "--markdown")
+
+
 def test_activations() -> None:
     table = run("activations.py")
     assert "Pixtral-12B" in table

@@ -13,6 +13,7 @@ from vlmtune import Recipe, RecipeError, load_recipe
 from vlmtune.recipe import parse_overrides
 
 WHOLE = "model: {name: m}\ndata: {source: d}\n"
+SHORT = {"model": {"name": "m"}, "data": {"source": "d"}}
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 
 Write = Callable[[str], Path]
@@ -205,6 +206,32 @@ def test_what_is_neither_file_nor_mapping_nor_recipe_is_refused(recipe: Any) -> 
 def test_an_override_that_is_not_of_the_form_key_equals_value_is_refused(argument: str) -> None:
     with pytest.raises(RecipeError, match=re.escape(f"override {argument!r} is not of the form key.path=value")):
         parse_overrides([argument])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"packing": "off", "packing.length": 4096},
+        {"packing.length": 4096, "packing": "off"},
+        {"packing.length": 4096, "packing": {"group_by_image": True}},
+    ],
+)
+def test_overrides_of_which_one_would_undo_the_other_are_refused(overrides: dict[str, Any]) -> None:
+    for recipe in (SHORT, load_recipe(SHORT)):
+        assert "`packing` and `packing.length` are both given" in refusal(recipe, **overrides)
+
+
+def test_a_mode_in_short_stays_when_another_key_is_overridden(write: Write) -> None:
+    short, other = {**SHORT, "vision_cache": "disk"}, {"vision_cache.budget": 5}
+    for recipe in (write(WHOLE + "vision_cache: disk\n"), short, load_recipe(short)):
+        found = load_recipe(recipe, **other).vision_cache
+        assert (found.mode, found.budget) == ("disk", 5)
+
+
+def test_an_override_may_add_to_a_section_that_another_gives() -> None:
+    for recipe in (SHORT, load_recipe(SHORT)):
+        found = load_recipe(recipe, **{"packing": {"length": 4096}, "packing.group_by_image": True}).packing
+        assert (found.length, found.group_by_image) == (4096, True)
 
 
 def test_a_mistake_of_an_override_is_not_blamed_on_a_line_of_the_file(write: Write) -> None:

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
-MOST = 8  # threads: each may have a photograph of 12 megapixels in hand, which is 36 MB
+MOST = 8  # threads: a photograph of 12 megapixels is 36 MB, and as many again may lie ready
 
 
 def threads() -> int:
@@ -40,7 +40,7 @@ def ahead(work: Callable[[T], R], items: Iterable[T], count: int | None = None) 
         try:
             for item in items:
                 waiting.append(pool.submit(work, item))
-                if len(waiting) > 2 * count:
+                if len(waiting) > count:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -51,26 +50,38 @@ class Album:
 
     def fingerprint(self, source: Any) -> str:
         """The same for the same picture: `images.fingerprint`."""
-        return self._noted(source, self._known(source) or fingerprint(source))
+        if known := self._known(source):
+            return known
+        found = fingerprint(source)
+        if _is_name(source):
+            self._fingerprints[digest(repr(source))] = (bytes.fromhex(found),)
+        return found
 
     def fingerprints(self, sources: Iterable[Any]) -> Iterator[str]:
-        """Of each of these, several read at once."""
-        asked = ((source, fingerprint(source) if is_open(source) else self._known(source)) for source in sources)
-        return itertools.starmap(self._noted, ahead(_fingerprinted, asked))
+        """Of each of these, several read at once, and no file twice."""
+        begun: set[Any] = set()  # files that are being read
+
+        def asked() -> Iterator[tuple[Any, bool]]:
+            for source in sources:
+                reads = not (is_open(source) or self._known(source) or (_is_name(source) and source in begun))
+                if reads and _is_name(source):
+                    begun.add(source)
+                yield source, reads
+
+        for source, found in ahead(_read, asked()):
+            if found and _is_name(source):
+                self._fingerprints[digest(repr(source))] = (bytes.fromhex(found),)
+                begun.remove(source)
+            yield found or self.fingerprint(source)
 
     def _known(self, source: Any) -> str:
         known = self._fingerprints.get(digest(repr(source))) if _is_name(source) else None
         return known[0].hex() if known else ""
 
-    def _noted(self, source: Any, found: str) -> str:
-        if _is_name(source):
-            self._fingerprints[digest(repr(source))] = (bytes.fromhex(found),)
-        return found
 
-
-def _fingerprinted(asked: tuple[Any, str]) -> tuple[Any, str]:
-    source, known = asked
-    return source, known or fingerprint(source)
+def _read(asked: tuple[Any, bool]) -> tuple[Any, str]:
+    source, reads = asked
+    return source, fingerprint(source) if reads else ""
 
 
 def _is_name(source: Any) -> bool:

@@ -9,6 +9,7 @@ import base64
 import binascii
 import hashlib
 import re
+import threading
 import urllib.parse
 import urllib.request
 from collections.abc import Generator
@@ -37,6 +38,7 @@ class Shrunk:
 Source = Image.Image | str | PathLike[str] | bytes | Shrunk  # str: a path, an http(s), file or data URL
 
 TIMEOUT = 30  # seconds
+PLUGINS = threading.Lock()  # Pillow looks for its formats when it meets a new one: a thread beside would miss some
 SIDEWAYS = (5, 6, 7, 8)  # the EXIF orientations that swap width and height
 
 
@@ -115,6 +117,8 @@ def _opened(source: Source, root: Path | None, *, verify: bool = False) -> Gener
         if isinstance(source, Image.Image):
             yield source
             return
+        with PLUGINS:
+            Image.init()
         with _stream(source, root, name) as stream:
             if verify:  # checksums, which decoding skips; Pillow wants the file opened anew afterwards
                 Image.open(stream).verify()

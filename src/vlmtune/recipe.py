@@ -6,6 +6,7 @@ YAML (`1e-4` is a number there, and `${...}` refers to another key), pydantic ch
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_type_hints
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from PIL.Image import MAX_IMAGE_PIXELS
 from pydantic import (
@@ -255,6 +256,7 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: An
             probably meant.
 
     """
+    _check_order(overrides)
     if isinstance(recipe, Recipe):
         return _with_overrides(recipe, overrides)
     text = _read(Path(recipe)) if isinstance(recipe, str | Path) else None
@@ -265,6 +267,7 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: An
         config = OmegaConf.create(text if text is not None else dict(recipe))  # type: ignore[arg-type]
         written = OmegaConf.to_container(config)
         for key, value in overrides.items():
+            _write_out(config, key.split(".")[0])
             OmegaConf.update(config, key, value, merge=False)
         content = OmegaConf.to_container(config, resolve=True)
     except yaml.YAMLError as error:
@@ -280,6 +283,27 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: An
     return _validated(cast("dict[str, Any]", content), where, lines, overrides, written)
 
 
+def _write_out(config: Any, section: str) -> None:
+    """Puts `{mode: disk}` in the place of `disk`, so that another key keeps it. What is off is turned on by one."""
+    field = Recipe.model_fields.get(section)
+    switched = field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, SwitchedSection)
+    mode = config.get(section) if switched and isinstance(config, DictConfig) else None
+    if isinstance(mode, str) and mode != "off":
+        config[section] = {"mode": mode}
+
+
+def _check_order(overrides: Mapping[str, Any]) -> None:
+    """Refuses overrides of which one would undo another: of a section as a whole, and of a key in it before or in vain."""
+    earlier: set[str] = set()
+    for path in overrides:
+        earlier.add(path)
+        for section in (".".join(path.split(".")[:depth]) for depth in range(1, path.count(".") + 1)):
+            if section in overrides and not (section in earlier and isinstance(overrides[section], Mapping)):
+                raise RecipeError(
+                    f"`{section}` and `{path}` are both given, and one would undo the other: give keys of `{section}` only"
+                )
+
+
 def _with_overrides(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
     """A checked recipe with other values; its `${...}` were resolved when it was read."""
     content = recipe.model_dump()
@@ -290,7 +314,7 @@ def _with_overrides(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
             inner = inner.setdefault(section, {})
             if not isinstance(inner, dict):
                 raise RecipeError(f"override `{path}`: `{section}` is a value and has no keys")
-        inner[key] = value
+        inner[key] = copy.deepcopy(value)
     return _validated(content, "recipe", {}, overrides, recipe.model_dump())
 
 
