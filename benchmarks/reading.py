@@ -28,7 +28,7 @@ from vlmtune.data import Rows, find_bad_rows
 from vlmtune.images import load_image
 from vlmtune.vision_cache import _batches, _distinct
 
-REPEATS = 5
+REPEATS = 3
 KINDS = {"500 × 500": ((500, 500), 400, 20), "12 megapixels": ((4032, 3024), 48, 80)}  # size, pictures, ms in the tower
 MAX_PIXELS = 1280 * 28 * 28
 
