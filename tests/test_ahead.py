@@ -41,8 +41,8 @@ def test_a_file_is_read_once_wherever_it_stands(files: list[str], monkeypatch: p
 
 def of_pictures(pictures: list[Any]) -> Rows:
     """Rows of one picture each."""
-    asked = [{"messages": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "a"}]}]
-    rows = [{**asked[0], "images": [picture]} for picture in pictures]
+    turns = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "a"}]
+    rows = [{"messages": turns, "images": [picture]} for picture in pictures]
     return Rows(rows, "rows.jsonl", Path(), {}, range(len(rows)))
 
 

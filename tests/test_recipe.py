@@ -228,6 +228,11 @@ def test_a_mode_in_short_stays_when_another_key_is_overridden(write: Write) -> N
         assert (found.mode, found.budget) == ("disk", 5)
 
 
+def test_an_override_of_a_key_turns_on_what_a_file_has_turned_off(write: Write) -> None:
+    found = load_recipe(write(WHOLE + "packing: off\n"), **{"packing.length": 4096}).packing
+    assert (found.mode, found.length) == ("auto", 4096)
+
+
 def test_an_override_may_add_to_a_section_that_another_gives() -> None:
     for recipe in (SHORT, load_recipe(SHORT)):
         found = load_recipe(recipe, **{"packing": {"length": 4096}, "packing.group_by_image": True}).packing

@@ -50,12 +50,7 @@ class Album:
 
     def fingerprint(self, source: Any) -> str:
         """The same for the same picture: `images.fingerprint`."""
-        if known := self._known(source):
-            return known
-        found = fingerprint(source)
-        if _is_name(source):
-            self._fingerprints[digest(repr(source))] = (bytes.fromhex(found),)
-        return found
+        return self._known(source) or self._noted(source, fingerprint(source))
 
     def fingerprints(self, sources: Iterable[Any]) -> Iterator[str]:
         """Of each of these, several read at once, and no file twice."""
@@ -69,14 +64,18 @@ class Album:
                 yield source, reads
 
         for source, found in ahead(_read, asked()):
-            if found and _is_name(source):
-                self._fingerprints[digest(repr(source))] = (bytes.fromhex(found),)
-                begun.remove(source)
-            yield found or self.fingerprint(source)
+            yield self._noted(source, found) if found else self.fingerprint(source)
+            if _is_name(source):
+                begun.discard(source)
 
     def _known(self, source: Any) -> str:
         known = self._fingerprints.get(digest(repr(source))) if _is_name(source) else None
         return known[0].hex() if known else ""
+
+    def _noted(self, source: Any, found: str) -> str:
+        if _is_name(source):
+            self._fingerprints[digest(repr(source))] = (bytes.fromhex(found),)
+        return found
 
 
 def _read(asked: tuple[Any, bool]) -> tuple[Any, str]:

@@ -293,7 +293,7 @@ def _write_out(config: Any, section: str) -> None:
 
 
 def _check_order(overrides: Mapping[str, Any]) -> None:
-    """Refuses overrides of which one would undo another: of a section as a whole, and of a key in it before or in vain."""
+    """Refuses a section as a whole beside a key in it, unless the key comes behind and adds to a mapping: one would be lost."""
     earlier: set[str] = set()
     for path in overrides:
         earlier.add(path)
