@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ import pytest
 from PIL import Image
 from tiny import make_processor
 
-from vlmtune import DatasetError, MultimodalCollator, ahead, album, data, finetune
+from vlmtune import DatasetError, MultimodalCollator, ahead, album, finetune, images
 from vlmtune.ahead import threads
 from vlmtune.album import Album
 from vlmtune.data import Rows, find_bad_rows
-from vlmtune.images import fingerprint, load_image
+from vlmtune.images import fingerprint
 from vlmtune.vision_cache import _batches, _distinct
 
 WAIT = 20  # seconds: a thread that is never let go fails the test in place of hanging
@@ -129,10 +130,36 @@ def test_an_image_of_pillow_s_is_loaded_by_one_thread(
     assert loading == {threading.current_thread().name}
 
 
+def test_a_file_is_checked_once_and_its_fault_told_of_every_row(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    Path(files[1]).write_bytes(b"no picture")
+    whole, broken = Path(files[0]).read_bytes(), Image.open(BytesIO(Path(files[2]).read_bytes()[:-40]))
+    looked: list[Any] = []
+    monkeypatch.setattr(album, "examine", lambda source: (looked.append(source), images.examine(source))[1])
+    rows = of_pictures([files[1], files[0], files[1], whole, b"", broken, *files[:2] * 5, whole])
+    known = Album()
+    found = find_bad_rows(rows, album=known)
+    assert list(found) == [0, 2, 4, 5, 7, 9, 11, 13, 15]
+    assert len({found[position] for position in found if position not in (4, 5)}) == 1
+    assert looked.count(files[0]) == looked.count(files[1]) == 1
+    assert len(looked) == 5
+    monkeypatch.setattr(album, "fingerprint", None)
+    monkeypatch.setattr(album, "image_size", None)
+    assert (known.fingerprint(files[0]), known.size(files[0])) == (fingerprint(files[0]), (40, 30))
+
+
+def test_a_row_of_several_pictures_is_told_its_first_fault(files: list[str]) -> None:
+    for name in files[1:3]:
+        Path(name).write_bytes(b"no picture")
+    rows = of_pictures([files[0], files[3]])
+    turns = [{"role": "user", "content": "<image>" * 3}, {"role": "assistant", "content": "a"}]
+    rows.content[0] = {"messages": turns, "images": files[:3]}  # type: ignore[index]
+    assert {position: Path(fault.split("'")[1]).name for position, fault in find_bad_rows(rows).items()} == {0: "1.png"}
+
+
 def test_rows_are_checked_on_several_threads_and_named_in_order(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     both = threading.Barrier(2, timeout=WAIT)
     monkeypatch.setattr(ahead, "threads", lambda: 2)
-    monkeypatch.setattr(data, "load_image", lambda source: (both.wait(), load_image(source)))
+    monkeypatch.setattr(album, "examine", lambda source: (both.wait(), images.examine(source))[1])
     for broken in (9, 3):
         Path(files[broken]).write_bytes(b"no picture")
     rows = of_pictures(files)

@@ -1,4 +1,5 @@
 import base64
+import random
 import warnings
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from vlmtune.errors import ImageError
-from vlmtune.images import describe_source, image_size, load_image
+from vlmtune.images import Shrunk, describe_source, examine, fingerprint, image_size, load_image
 
 RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)
 
@@ -276,6 +277,60 @@ def test_damaged_bytes_give_a_picture_or_an_image_error(format, data):
             read(bytes(source[: data.draw(st.integers(0, len(source)))]))
         except ImageError as refused:
             assert "\n" not in str(refused)  # noqa: PT017 (a picture is as good an outcome)
+
+
+NOISE = Image.frombytes("RGB", (40, 30), random.Random(0).randbytes(40 * 30 * 3))
+JPEGS = {"baseline": {}, "progressive": {"progressive": True}, "grey": {}, "cmyk": {}, "restarts": {"restart_marker_rows": 1}}
+
+
+def outcome(read, source):
+    try:
+        return read(source)
+    except ImageError as refused:
+        return str(refused)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from([*JPEGS, "PNG", "GIF", "WEBP", "BMP", "TIFF"]), st.data())
+def test_an_examination_finds_what_loading_would_and_nothing_else(kind, data):
+    mode = {"grey": "L", "cmyk": "CMYK"}.get(kind, "RGB")
+    source = bytearray(encoded(NOISE.convert(mode), "JPEG" if kind in JPEGS else kind, **JPEGS.get(kind, {})))
+    for place in data.draw(st.lists(st.integers(0, len(source) - 1), max_size=4)):
+        source[place] ^= data.draw(st.integers(1, 255))
+    damaged = bytes(source[: data.draw(st.one_of(st.none(), st.integers(0, len(source))))])
+    found, wanted = outcome(examine, damaged), outcome(load_image, damaged)
+    assert found == (wanted if isinstance(wanted, str) else (wanted.size, fingerprint(damaged)))
+
+
+def test_an_examination_tells_size_and_fingerprint_and_reads_a_file_once(tmp_path, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise((64, 48)).save(tmp_path / "turned.jpg", exif=exif)
+    path, opened = tmp_path / "turned.jpg", []
+    expected = (image_size(path), fingerprint(path))
+    assert expected[0] == load_image(path).size == (48, 64)
+    smaller = Shrunk(path, 10, 20)
+    read = Path.open
+    monkeypatch.setattr(Path, "open", lambda *args, **options: opened.append(args) or read(*args, **options))
+    assert examine(path) == expected
+    assert len(opened) == 1
+    assert examine(smaller) == ((10, 20), fingerprint(smaller))
+
+
+def test_a_large_jpeg_is_examined_without_all_of_its_pixels(monkeypatch):
+    sizes, convert = [], Image.Image.convert
+    monkeypatch.setattr(Image.Image, "convert", lambda own, *args: sizes.append(own.size) or convert(own, *args))
+    assert examine(encoded(noise((800, 600)), "JPEG"))[0] == (800, 600)
+    assert sizes[-1] == (100, 75)
+
+
+def test_what_an_examination_refuses_is_named(tmp_path):
+    (tmp_path / "half.jpg").write_bytes(encoded(noise(), "JPEG")[:-500])
+    for name in ("half.jpg", "gone.jpg"):
+        with pytest.raises(ImageError, match=name) as caught:
+            examine(tmp_path / name)
+        assert str(caught.value) == error(tmp_path / name)
 
 
 # ---- names for messages

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 from PIL import Image
 
 from vlmtune.ahead import ahead
-from vlmtune.images import Shrunk, fingerprint, image_size, is_open, load_image, original
+from vlmtune.errors import ImageError
+from vlmtune.images import Shrunk, examine, fingerprint, image_size, is_open, load_image, original
 from vlmtune.records import DIGEST, Records, digest
 
+T = TypeVar("T")
 LONGEST_NAME = 1000  # characters: a longer one holds the picture itself, as a data URL does
 
 
@@ -42,11 +44,9 @@ class Album:
         """Width and height, from the header."""
         if not _is_name(source):
             return image_size(source)
-        key = digest(repr(source))
-        if known := self._sizes.get(key):
+        if known := self._sizes.get(digest(repr(source))):
             return known[0], known[1]
-        size = self._sizes[key] = image_size(source)
-        return size
+        return self._noted_size(source, image_size(source))
 
     def fingerprint(self, source: Any) -> str:
         """The same for the same picture: `images.fingerprint`."""
@@ -54,19 +54,23 @@ class Album:
 
     def fingerprints(self, sources: Iterable[Any]) -> Iterator[str]:
         """Of each of these, several read at once, and no file twice."""
-        begun: set[Any] = set()  # files that are being read
-
-        def asked() -> Iterator[tuple[Any, bool]]:
-            for source in sources:
-                reads = not (is_open(source) or self._known(source) or (_is_name(source) and source in begun))
-                if reads and _is_name(source):
-                    begun.add(source)
-                yield source, reads
-
-        for source, found in ahead(_read, asked()):
+        for source, found in _each_once(fingerprint, sources, known=self._known):
             yield self._noted(source, found) if found else self.fingerprint(source)
-            if _is_name(source):
-                begun.discard(source)
+
+    def faults(self, sources: Iterable[Any]) -> Iterator[ImageError | None]:
+        """What is wrong with each of these, if anything: all are decoded, several at once, and no file is read twice."""
+        faults: dict[Any, ImageError] = {}
+        for source, found in _each_once(_examined, sources):
+            if is_open(source):
+                yield _fault(source)
+            elif isinstance(found, tuple):
+                self._noted_size(source, found[0])
+                self._noted(source, found[1])
+                yield None
+            else:
+                if found is not None and _is_name(source):
+                    faults[source] = found
+                yield found or faults.get(source)
 
     def _known(self, source: Any) -> str:
         known = self._fingerprints.get(digest(repr(source))) if _is_name(source) else None
@@ -77,10 +81,45 @@ class Album:
             self._fingerprints[digest(repr(source))] = (bytes.fromhex(found),)
         return found
 
+    def _noted_size(self, source: Any, size: tuple[int, int]) -> tuple[int, int]:
+        if _is_name(source):
+            self._sizes[digest(repr(source))] = size
+        return size
 
-def _read(asked: tuple[Any, bool]) -> tuple[Any, str]:
-    source, reads = asked
-    return source, fingerprint(source) if reads else ""
+
+def _each_once(
+    work: Callable[[Any], T], sources: Iterable[Any], *, known: Callable[[Any], object] = lambda _: False
+) -> Iterator[tuple[Any, T | None]]:
+    """Each with what comes of it in another thread; with None an open image, a known one, and a file that was here before."""
+    begun = Records("")
+
+    def asked() -> Iterator[tuple[Any, bool]]:
+        for source in sources:
+            name = digest(repr(source)) if _is_name(source) else None
+            yield source, not (is_open(source) or known(source) or (name is not None and name in begun))
+            if name is not None:
+                begun[name] = ()
+
+    def done(asked: tuple[Any, bool]) -> tuple[Any, T | None]:
+        source, wanted = asked
+        return source, work(source) if wanted else None
+
+    return ahead(done, asked())
+
+
+def _examined(source: Any) -> tuple[tuple[int, int], str] | ImageError:
+    try:
+        return examine(source)
+    except ImageError as error:
+        return error
+
+
+def _fault(source: Any) -> ImageError | None:
+    try:
+        load_image(source)
+    except ImageError as error:
+        return error
+    return None
 
 
 def _is_name(source: Any) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 
+from vlmtune.album import Album
 from vlmtune.batch import steady
 from vlmtune.collator import MultimodalCollator, PackingCollator
 from vlmtune.console import progress
@@ -42,8 +43,10 @@ class Batching:
     packing: str  # what was decided, and why, in a few words
 
 
-def usable_rows(recipe: Recipe, seed: int, *, check_images: bool) -> Split:
+def usable_rows(recipe: Recipe, seed: int, *, check_images: bool, album: Album | None = None) -> Split:
     """The recipe's rows that can be formatted, and with `check_images` whose pictures can be decoded.
+
+    The album learns of the pictures what checking them tells.
 
     Raises:
         DatasetError: there are others, and the recipe does not say to drop them.
@@ -51,7 +54,7 @@ def usable_rows(recipe: Recipe, seed: int, *, check_images: bool) -> Split:
     """
 
     def bad(rows: Rows) -> dict[int, str]:
-        return find_bad_rows(rows, check_images=check_images)
+        return find_bad_rows(rows, check_images=check_images, album=album)
 
     split = load_data(recipe.data, seed=seed)
     return split.without(bad, policy=recipe.on_bad_row, hint="set `on_bad_row: drop` to go on without them")

@@ -9,15 +9,16 @@ from __future__ import annotations
 import itertools
 import random
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from vlmtune.ahead import ahead
+from vlmtune.album import Album
 from vlmtune.console import bar
 from vlmtune.errors import DatasetError
-from vlmtune.images import Shrunk, is_open, load_image
+from vlmtune.images import Shrunk
 from vlmtune.messages import format_messages
 from vlmtune.reading import Row, read_rows
 from vlmtune.recipe import DataSection
@@ -165,38 +166,31 @@ def load_data(section: DataSection, *, seed: int = 42) -> Split:
     return Split(kept, rows.select(sorted(chosen)))
 
 
-def find_bad_rows(rows: Rows, *, check_images: bool = True) -> dict[int, str]:
-    """Position → what is wrong, for every row that makes no messages or, with `check_images`, whose picture does not decode."""
+def find_bad_rows(rows: Rows, *, check_images: bool = True, album: Album | None = None) -> dict[int, str]:
+    """Position → what is wrong, for every row that makes no messages or, with `check_images`, whose picture does not decode.
 
-    def pictures(position: int) -> list[Any] | DatasetError:
-        try:
-            sample = rows[position]
-        except DatasetError as error:
-            return error
-        if not check_images:
-            return []
-        found = [part["image"] for message in sample["messages"] for part in message["content"] if part["type"] == "image"]
-        return _undecodable(list(filter(is_open, found))) or [picture for picture in found if not is_open(picture)]
+    What is learnt of the pictures on the way comes into the album.
+    """
+    bad: dict[int, str] = {}
+    places: deque[int] = deque()  # of the rows whose pictures are being looked at
 
-    positions = range(len(rows))
-    faults = (ahead if check_images else map)(_undecodable, map(pictures, positions))
-    return {
-        position: str(fault).removeprefix(f"{rows.name(position)}: ")
-        for position, fault in zip(bar(positions, "Checking rows"), faults, strict=True)
-        if fault is not None
-    }
+    def pictures() -> Iterator[Any]:
+        for position in bar(range(len(rows)), "Checking rows"):
+            try:
+                messages = rows[position]["messages"]
+            except DatasetError as error:
+                bad[position] = str(error).removeprefix(f"{rows.name(position)}: ")
+                continue
+            for part in (part for message in messages for part in message["content"]):
+                if check_images and part["type"] == "image":
+                    places.append(position)
+                    yield part["image"]
 
-
-def _undecodable(pictures: list[Any] | DatasetError) -> DatasetError | None:
-    """What is wrong with the first picture that does not decode, or was wrong before there were any."""
-    if isinstance(pictures, DatasetError):
-        return pictures
-    try:
-        for picture in pictures:
-            load_image(picture)
-    except DatasetError as error:
-        return error
-    return None
+    for fault in (album or Album()).faults(pictures()):
+        position = places.popleft()
+        if fault is not None:
+            bad.setdefault(position, str(fault))
+    return dict(sorted(bad.items()))
 
 
 def _open(section: DataSection, source: str, split: str) -> Rows:

@@ -150,7 +150,7 @@ def admit(recipe: Recipe, processor: Processor, family: Family, *, collator: Col
     """
     config, seed = load_config(recipe.model), sft_config(recipe).seed
     prompter = collator_of(recipe, processor, family, config)
-    split = usable_rows(_dropping(recipe), seed, check_images=recipe.data.check_images)
+    split = usable_rows(_dropping(recipe), seed, check_images=recipe.data.check_images, album=prompter.album)
     return Patient(
         recipe,
         prompter,

@@ -27,6 +27,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig
 
 from vlmtune import doctor
+from vlmtune.album import Album
 from vlmtune.batching import Batching, Collator, Row, batching, collator_of, counted_rows, passes, usable_rows
 from vlmtune.callbacks import HeldOutAnswers, ProgressBar
 from vlmtune.collator import MultimodalCollator
@@ -93,9 +94,11 @@ def finetune(
         checked = load_recipe(checked, **(plan.overrides if plan is not None else {}))
     config = sft_config(checked)
     set_seed(config.seed)
-    split = usable_rows(checked, config.seed, check_images=checked.data.check_images)
+    album = Album()
+    split = usable_rows(checked, config.seed, check_images=checked.data.check_images, album=album)
     model, processor, found = load_model(checked, family=family)
     prompter = collator_of(checked, processor, found, model.config)
+    prompter.album = album
     prompter.pad_to_multiple_of = cast("int | None", config.pad_to_multiple_of)
     processor.chat_template = prompter.chat_template  # what is trained is what is saved, in checkpoints too
     if checkpoint is not None:
