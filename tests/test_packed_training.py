@@ -679,7 +679,7 @@ def test_two_processes_pack_like_one_and_resume_in_the_middle_of_an_epoch_exactl
         shared |= {"train.train_sampling_strategy": "sequential"}
     if grouped:
         rows = rows_file(tmp_path / "questions", pictures=[1], distinct=4)
-        shared |= {"packing": {"group_by_image": True}, "data": {"source": str(rows), "format": "openai"}}
+        shared |= {"lora.scope": "all", "packing": {"group_by_image": True}, "data": {"source": str(rows), "format": "openai"}}
     one = finetune(bucketed(kind, name="one", **shared))
     shared |= {"train.per_device_train_batch_size": 1, "train.save_strategy": "steps", "train.save_steps": 3}
     for name in ("whole", "stopped"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from test_attention import DEVICES, layer, tensors
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from vlmtune import MultimodalCollator, batching, collator, finetune, load_recipe, proof
+from vlmtune import MultimodalCollator, batching, collator, finetune, load_recipe, model, proof
 from vlmtune.attention import BLOCK, packed_attention
 from vlmtune.batch import fill_up, flatten
 from vlmtune.batching import usable_rows
@@ -260,6 +261,53 @@ def test_rows_of_a_picture_come_together_where_asked_and_learn_the_same(
             assert entry[name] == pytest.approx(wanted[name], rel=1e-4), name
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("qwen2_vl", {"lora.scope": "all", "train.gradient_checkpointing": True}),
+        ("qwen2_vl", {"model.dtype": "bfloat16", "train.bf16": True}),
+        ("pixtral", {"lora.scope": "vision"}),
+        ("smolvlm", {"lora.scope": "all"}),
+    ],
+)
+def test_a_tower_without_kept_features_sees_a_picture_once_for_all_rows_of_a_micro_batch(
+    recipe: MakeRecipe, questions: str, kind: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {"data.source": questions, "train.per_device_train_batch_size": 6, "vision_cache": "off", "lora.dropout": 0.0}
+    grouped = recipe(kind, packing={"group_by_image": True}, **{**few, **settings})
+    seen: list[int] = []
+    encode = model.encoded
+
+    def counted(*args: Any) -> list[Tensor]:
+        features = encode(*args)
+        seen.append(len(features))
+        return features
+
+    monkeypatch.setattr(model, "encoded", counted)
+    once, batches = run_with(grouped, True, monkeypatch)
+    steps = len(batches)
+    assert seen[-steps:] == [2] * steps
+    assert all(sorted(batch["shown"]) == [0, 0, 0, 1, 1, 1] for batch in batches)
+    assert not any("pixel_values" in batch for batch in batches)
+    tried = batching.packs_tried_out
+    monkeypatch.setattr(batching, "packs_tried_out", lambda *args, **options: (*tried(*args, **options)[:2], False))
+    every, others = run_with(grouped, True, monkeypatch)
+    assert all("pixel_values" in batch and "distinct" not in batch for batch in others)
+    for entry, wanted in zip(once.history, every.history, strict=True):
+        for name in {"loss", "grad_norm", "mean_token_accuracy", "num_tokens"} & wanted.keys():
+            assert entry[name] == pytest.approx(wanted[name], rel=2e-2 if "train.bf16" in settings else 1e-4), name
+
+
+def test_a_model_that_takes_no_pictures_apart_from_rows_sees_each_row_s_own(
+    recipe: MakeRecipe, questions: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = model.encoded
+    monkeypatch.setattr(model, "encoded", lambda *args: [-feature for feature in encode(*args)])
+    given = {"data.source": questions, "train.per_device_train_batch_size": 6, "lora.scope": "all"}
+    _, batches = run_with(recipe(packing={"group_by_image": True}, **given), True, monkeypatch)
+    assert all("pixel_values" in batch and "unique" in batch for batch in batches)
+
+
 def test_rows_of_a_picture_are_not_brought_together_unasked(
     recipe: MakeRecipe, questions: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,6 +385,9 @@ def test_a_fault_in_the_few_tokens_that_a_borrowing_row_computes_is_told(
     rows = usable_rows(checked, 0, check_images=False).train
     tried = [rows[11], proof._cut_short(rows[11]), rows[10]]
     assert packing_fault(model, packing, tried) is None
+    apart = replace(packing, apart=True)
+    assert packing_fault(model, apart, tried) is None
+    assert packing_fault(model, OtherPictures(**vars(apart)), tried) == "a packed row comes out other than by itself"
     assert packing_fault(model, OtherWayRound(**vars(packing)), tried) == "a packed row comes out other than by itself"
 
     def forget(module: Any, args: Any, inputs: dict[str, Any], output: Any) -> None:
@@ -356,6 +407,14 @@ class OtherWayRound(PackingCollator):
         if len(rows) > 1:
             batch["pixel_values"] = torch.cat(batch["pixel_values"].chunk(len(rows))[::-1])
         return batch
+
+
+class OtherPictures(PackingCollator):
+    """Gives rows each other's pictures, which come apart from them."""
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch = super().__call__(rows)
+        return {**batch, "shown": [1 - number for number in batch["shown"]]}
 
 
 def test_a_row_is_cut_short_by_half_of_what_it_ends_with() -> None:

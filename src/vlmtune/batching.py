@@ -140,9 +140,9 @@ def batching(
     multiple = int(config.pad_to_multiple_of or steady(config.device, model.dtype))
     grouped = recipe.packing.group_by_image
     packing = PackingCollator(collator, positions_model(model), multiple, shares_pictures=grouped)
-    obstacle = unshared = ""
+    obstacle, unshared, apart = "", "", False
     if recipe.packing.mode != "off":
-        obstacle, unshared = agree(packs_tried_out(model, packing, rows, lengths, compiled=config.torch_compile))
+        obstacle, unshared, apart = agree(packs_tried_out(model, packing, rows, lengths, compiled=config.torch_compile))
     if obstacle and recipe.packing.length:
         raise RecipeError(f"`packing.length` is {recipe.packing.length}, and {obstacle}")
     if unshared and grouped:
@@ -153,7 +153,7 @@ def batching(
     if packed:
         padding = f"padding only to a multiple of {multiple}" if multiple > 1 else "no padding"
         shared = "" if unshared else ", common prefixes and pictures once" if grouped else ", common prefixes once"
-        packing = replace(packing, shares=not unshared)
+        packing = replace(packing, shares=not unshared, apart=apart)
         return Batching(packing, collator, plan, f"on: {padding}{shared}, at most {plan.largest:,} tokens a micro-batch")
     return Batching(collator, collator, plan, f"off: {obstacle}" if obstacle else "off")
 

@@ -87,9 +87,21 @@ class MultimodalCollator:
     def tokenizer(self) -> Any:
         return getattr(self.processor, "tokenizer", self.processor)
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[Row], *, apart: bool = False) -> dict[str, Any]:
+        """The batch of these rows.
+
+        Args:
+            rows: with a `"name"` each, or told by their place.
+            apart: in the place of pixels whose features are not known come `distinct`, what the processor makes of the
+                pictures, each once and apart from the rows, and `shown`, which of these each picture of the rows is.
+                `model.with_features` goes on from there.
+
+        """
         features = self._known_features(rows)
-        batch = self._encode(rows, trained=not self.train_on_inputs, pixels=features is None)
+        pictures = _Distinct(self.album) if apart and features is None else None
+        batch = self._encode(
+            rows, trained=not self.train_on_inputs, pixels=features is None and pictures is None, open_picture=pictures
+        )
         trained = batch.pop("assistant_masks", None)
         if trained is not None:
             trained = self._answers(batch["input_ids"], trained, rows)
@@ -99,6 +111,8 @@ class MultimodalCollator:
         self._check_lengths(batch["attention_mask"], rows)
         if features:
             batch["image_features"] = self.family.join_features(batch, features)
+        if pictures is not None and pictures.shown:
+            batch |= {"distinct": self.opened_pictures(pictures.images), "shown": pictures.shown}
         return self.filled(batch, self.pad_to_multiple_of or 1)
 
     def filled(self, batch: Mapping[str, Any], multiple: int) -> dict[str, Any]:
@@ -349,13 +363,32 @@ class PackingCollator:
     multiple: int = 1  # of tokens
     shares: bool = False  # what rows begin with alike is computed once
     shares_pictures: bool = False  # also the same pictures
+    apart: bool = False  # pictures without known features go through the tower once
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        packed = self.collator.family.flatten(self.collator(rows), self.core)
+        packed = self.collator.family.flatten(self.collator(rows, apart=self.apart), self.core)
         if self.shares:
             shown = [self.collator.shown(row) if self.shares_pictures else number for number, row in enumerate(rows)]
             packed = share_prefixes(packed, image_token_ids=self.collator.never_trained, pictures=shown)
         return self.collator.filled(packed, self.multiple)
+
+
+class _Distinct:
+    """Opens each picture of some rows once, and puts blanks of its size into their place."""
+
+    def __init__(self, album: Album) -> None:
+        self.images: list[Image] = []
+        self.shown: list[int] = []  # of each picture, its number among the images
+        self._album, self._numbers = album, dict[str, int]()
+
+    def __call__(self, source: Any) -> Any:
+        key = self._album.fingerprint(source)
+        if key not in self._numbers:
+            self._numbers[key] = len(self.images)
+            self.images.append(self._album.open(source))
+        number = self._numbers[key]
+        self.shown.append(number)
+        return blank(*self.images[number].size)
 
 
 def pictures(row: Row) -> list[Any]:

@@ -486,14 +486,38 @@ def evaluating(model: Any) -> Generator[None]:
         model.train(was_training)
 
 
+def with_features(model: Any, family: Family, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch with features for the pictures that came apart from its rows: each goes through the tower once.
+
+    Args:
+        model: on its device, as the batch is.
+        family: knows how pictures are encoded.
+        batch: with `distinct` and `shown`, as `MultimodalCollator` makes them; another stays as it is.
+
+    """
+    if "distinct" not in batch:
+        return dict(batch)
+    rest = {name: values for name, values in batch.items() if name not in ("distinct", "shown")}
+    features = encoded(model, family, batch["distinct"])
+    return {**rest, "image_features": family.join_features(rest, [features[number] for number in batch["shown"]])}
+
+
+def encoded(model: Any, family: Family, batch: Mapping[str, Any]) -> list[Tensor]:
+    """The features of the pictures whose pixels a batch holds, `[tokens, hidden]` each."""
+    base: Any = getattr(model, "module", model).get_base_model()  # DistributedDataParallel hides it
+    return family.encode(base.base_model, batch)
+
+
 def on_device(batch: Mapping[str, Any], model: Any) -> dict[str, Any]:
     """The batch where the model is; pixels and features in the model's dtype, and what is no tensor as it was."""
-    return {
-        name: values.to(model.device, model.dtype if values.is_floating_point() else values.dtype)
-        if isinstance(values, Tensor)
-        else values
-        for name, values in batch.items()
-    }
+
+    def moved(values: Any) -> Any:
+        if isinstance(values, Mapping):
+            return on_device(values, model)
+        floats = isinstance(values, Tensor) and values.is_floating_point()
+        return values.to(model.device, model.dtype if floats else None) if isinstance(values, Tensor) else values
+
+    return {name: moved(values) for name, values in batch.items()}
 
 
 def attend_in_tower(base: PreTrainedModel, family: Family) -> None:

@@ -15,7 +15,7 @@ from vlmtune.collator import MultimodalCollator, PackingCollator, pictures
 from vlmtune.data import Rows
 from vlmtune.errors import ModelError, one_line
 from vlmtune.families import Family
-from vlmtune.model import attend_by_row, evaluating, kept_apart, on_device, share_prefixes_in
+from vlmtune.model import attend_by_row, evaluating, kept_apart, on_device, share_prefixes_in, with_features
 
 Row = Mapping[str, Any]
 LOOKED_AT = 64  # short rows among which two with pictures are looked for
@@ -26,8 +26,10 @@ CANNOT = (TypeError, AttributeError, ValueError, RuntimeError, KeyError, IndexEr
 
 def packs_tried_out(
     model: PeftModel, packing: PackingCollator, rows: Rows, lengths: Sequence[int], *, compiled: bool
-) -> tuple[str, str]:
-    """Why rows cannot be packed, and why packs cannot share what they begin with; nothing where they can.
+) -> tuple[str, str, bool]:
+    """Why rows cannot be packed, why packs cannot share what they begin with; and whether pictures may come apart from them.
+
+    Of what can be, nothing is told.
 
     Args:
         model: on its device. Its attention becomes the one that keeps rows apart.
@@ -40,11 +42,16 @@ def packs_tried_out(
     try:
         attend_by_row(model)
     except ModelError as error:
-        return str(error), str(error)
+        return str(error), str(error), False
     tried = _samples(packing, rows, lengths)
     unshared = "`train.torch_compile` is on, for which lengths would vary" if compiled else share_prefixes_in(model)
-    unshared = unshared or packing_fault(model, replace(packing, shares=True), tried) or ""
-    return (packing_fault(model, packing, tried) or "") if unshared else "", unshared
+    if unshared:
+        return packing_fault(model, packing, tried) or "", unshared, False
+    sharing = replace(packing, shares=True)
+    if packing.shares_pictures and packing_fault(model, replace(sharing, apart=True), tried) is None:
+        return "", "", True
+    unshared = packing_fault(model, sharing, tried) or ""
+    return (packing_fault(model, packing, tried) or "") if unshared else "", unshared, False
 
 
 def _samples(packing: PackingCollator, rows: Rows, lengths: Sequence[int]) -> Sequence[Row]:
@@ -169,8 +176,8 @@ def ends_apart(model: PeftModel, family: Family, batch: Mapping[str, Any], mlp: 
 def _hidden(model: PeftModel, family: Family, batch: Mapping[str, Any]) -> Tensor:
     """`[batch, seq, hidden]`, the states that the head gets."""
     core: Any = model.get_base_model().base_model
-    batch = kept_apart(model, dict(batch))
-    inputs = family.model_inputs({name: values for name, values in on_device(batch, model).items() if name != "labels"})
+    batch = with_features(model, family, on_device(kept_apart(model, dict(batch)), model))
+    inputs = family.model_inputs({name: values for name, values in batch.items() if name != "labels"})
     return core(**inputs, use_cache=False).last_hidden_state.float()
 
 

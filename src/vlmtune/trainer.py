@@ -24,7 +24,7 @@ from vlmtune.callbacks import PlanEpochs, Speed
 from vlmtune.errors import RecipeError, one_line
 from vlmtune.families import Family
 from vlmtune.head import Head, has_kernels
-from vlmtune.model import compute_dtype, kept_apart
+from vlmtune.model import compute_dtype, kept_apart, with_features
 from vlmtune.packing import BatchPlan
 from vlmtune.plugins import did_you_mean
 from vlmtune.recipe import Recipe
@@ -77,7 +77,7 @@ class Trainer(SFTTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         called: Any = model
-        inputs = kept_apart(model, self._family.model_inputs(inputs))
+        inputs = kept_apart(model, self._family.model_inputs(with_features(model, self._family, inputs)))
         if not self.args.label_smoothing_factor:  # which wants all logits
             inputs = self._head.choose(inputs, self._multiple)
             called = model if has_kernels(self.args.device) else self._head.scoring(model)

@@ -23,7 +23,7 @@ from vlmtune.console import progress
 from vlmtune.data import Rows, spread
 from vlmtune.errors import ImageError, RecipeError
 from vlmtune.features import FeatureStore, tower_key
-from vlmtune.model import evaluating, on_device
+from vlmtune.model import encoded, evaluating, on_device
 from vlmtune.output import cache_directory, existing
 from vlmtune.proof import features_fault
 from vlmtune.recipe import LoraSection, VisionCacheSection
@@ -141,9 +141,8 @@ class _Tower:
 
     def encode(self, batch: Mapping[str, Any]) -> list[Tensor]:
         """The features of the pictures whose pixels a batch holds."""
-        core: Any = self._model.get_base_model().base_model
         with evaluating(self._model):
-            return self.collator.family.encode(core, on_device(batch, self._model))
+            return encoded(self._model, self.collator.family, on_device(batch, self._model))
 
     def known(self, sources: Sequence[Any]) -> list[Tensor]:
         """The features of these pictures; those that are kept are read."""
