@@ -1,4 +1,6 @@
-"""What a pack costs a CPU whose rows begin alike or show the same pictures, all computed in every row and once: language model.
+"""What a pack costs a CPU whose rows begin alike or show the same pictures, all computed in every row and once.
+
+In the first two tables the language model alone; in the third with a tower that is trained.
 
 OMP_NUM_THREADS=1 python benchmarks/prefixes.py
 """
@@ -20,7 +22,8 @@ from PIL import Image
 
 from vlmtune import MultimodalCollator, load_recipe
 from vlmtune.collator import PackingCollator, pictures
-from vlmtune.model import attend_by_row, kept_apart, load_model, positions_model, share_prefixes_in
+from vlmtune.families import Family
+from vlmtune.model import attend_by_row, kept_apart, load_model, positions_model, share_prefixes_in, with_features
 
 ROWS, OWN = 8, 300  # of a pack, and letters of each row's own: the small model's tokens are letters
 BEGINNINGS = (0, 30, 100, 300, 1000)  # letters of the system prompt
@@ -34,16 +37,21 @@ Rows = Sequence[Mapping[str, Any]]
 def main() -> None:
     times = ["tokens in the pack", "computed", "in every row, ms", "once, ms", "times faster"]
     with tempfile.TemporaryDirectory() as directory:
-        pack = loaded(Path(directory))
+        pack = loaded(Path(directory), "language")
         beginnings = ([str(letters), *measured(*pack, begun(letters))] for letters in BEGINNINGS)
         print(markdown(["system prompt", *times], beginnings, words=0))
         shown = ([str(rows), *measured(*pack, about(rows))] for rows in OF_A_PICTURE)
         print(markdown(["rows of a picture", *times], shown, words=0))
+        pack = loaded(Path(directory), "all")
+        times = ["in every row, ms", "once in the language model, ms", "in the tower too, ms", "times faster", "by the tower"]
+        shown = ([str(rows), *with_tower(*pack, about(rows))] for rows in OF_A_PICTURE)
+        print(markdown(["rows of a picture", *times], shown, words=0))
 
 
-def loaded(directory: Path) -> tuple[Any, MultimodalCollator]:
-    name, out = str(make_checkpoint("qwen2_vl", directory / "model")), str(directory / "run")
+def loaded(directory: Path, scope: str) -> tuple[Any, MultimodalCollator]:
+    name, out = str(make_checkpoint("qwen2_vl", directory / scope)), str(directory / "run")
     sections = {"model": {"name": name, "quantization": "none"}, "data": {"source": name}, "train": {"output_dir": out}}
+    sections["lora"] = {"scope": scope}
     model, processor, family = load_model(load_recipe(sections))
     attend_by_row(model)
     assert not share_prefixes_in(model)
@@ -60,10 +68,19 @@ def measured(model: Any, collator: MultimodalCollator, rows: Rows) -> list[str]:
         if features:
             batch = {name: values for name, values in batch.items() if not name.startswith("pixel_")}
             batch["image_features"] = collator.family.join_features(batch, features)
-        taken.append(milliseconds(partial(learn, model, collator.family.model_inputs(batch))))
+        taken.append(milliseconds(partial(learn, model, collator.family, batch)))
     tokens = int(batch["attention_mask"].sum())
     computed = tokens - (batch["input_ids"].shape[1] - len(batch["unique"]))
     return [str(tokens), str(computed), *(f"{time:.0f}" for time in taken), f"{taken[0] / taken[1]:.2f}"]
+
+
+def with_tower(model: Any, collator: MultimodalCollator, rows: Rows) -> list[str]:
+    """The same rows with the tower's work on their pictures, forward and backward."""
+    core = positions_model(model)
+    ways = [{}, {"shares": True}, {"shares": True, "apart": True}]
+    packs = [PackingCollator(collator, core, 128, shares_pictures=True, **way)(rows) for way in ways]
+    taken = [milliseconds(partial(learn, model, collator.family, batch)) for batch in packs]
+    return [*(f"{time:.0f}" for time in taken), f"{taken[0] / taken[2]:.2f}", f"{taken[1] / taken[2]:.2f}"]
 
 
 def begun(letters: int) -> Rows:
@@ -88,11 +105,12 @@ def said(chance: random.Random, role: str, letters: int, picture: Image.Image | 
     return {"role": role, "content": [{"type": "image", "image": picture}, text] if picture else [text]}
 
 
-def learn(model: Any, batch: dict[str, Any]) -> None:
+def learn(model: Any, family: Family, batch: dict[str, Any]) -> None:
     """Forward and backward, without the head."""
     core = model.get_base_model().base_model
-    inputs = kept_apart(model, {name: values for name, values in batch.items() if name != "labels"})
     with torch.autocast("cpu", torch.bfloat16):
+        batch = family.model_inputs(with_features(model, family, batch))
+        inputs = kept_apart(model, {name: values for name, values in batch.items() if name != "labels"})
         core(**inputs, use_cache=False).last_hidden_state.float().sum().backward()
 
 

@@ -246,13 +246,19 @@ def pictures_computed(batch: Mapping[str, Any], image_token: int) -> int:
 
 @pytest.mark.parametrize("settings", [{"vision_cache": "memory"}, {"vision_cache": "off", "lora.scope": "all"}])
 def test_rows_of_a_picture_come_together_where_asked_and_learn_the_same(
-    recipe: MakeRecipe, questions: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    recipe: MakeRecipe,
+    questions: str,
+    settings: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(console, "width", 500)  # no sentence is folded
     few = {"data.source": questions, "train.max_steps": -1, "train.num_train_epochs": 2, **settings}
     few |= {"train.per_device_train_batch_size": 6}
     grouped = recipe(packing={"group_by_image": True}, **few)
     (with_it, batches), (without, others) = (run_with(grouped, on, monkeypatch) for on in (True, False))
     image_token = with_it.model.config.image_token_id
+    assert "common prefixes and pictures once (8 rows show another's), at most" in capsys.readouterr().out
     assert len(batches) == len(others) == 4
     assert [pictures_computed(batch, image_token) for batch in batches] == [2] * 4
     assert [pictures_computed(batch, image_token) for batch in others] == [6] * 4

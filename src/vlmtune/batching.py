@@ -152,10 +152,18 @@ def batching(
     plan = micro_batches(recipe, config, lengths, packed=packed, together=together)
     if packed:
         padding = f"padding only to a multiple of {multiple}" if multiple > 1 else "no padding"
-        shared = "" if unshared else ", common prefixes and pictures once" if grouped else ", common prefixes once"
+        shared = "" if unshared else f", {_once(together)}"
         packing = replace(packing, shares=not unshared, apart=apart)
         return Batching(packing, collator, plan, f"on: {padding}{shared}, at most {plan.largest:,} tokens a micro-batch")
     return Batching(collator, collator, plan, f"off: {obstacle}" if obstacle else "off")
+
+
+def _once(together: Sequence[int] | None) -> str:
+    """What of packs is computed once, for the table of the run."""
+    repeating = len(together) - len(set(together)) if together is not None else None
+    return (
+        "common prefixes once" if repeating is None else f"common prefixes and pictures once ({repeating} rows show another's)"
+    )
 
 
 def micro_batches(
