@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from tiny import make_processor
 
-from vlmtune import DatasetError, MultimodalCollator, ahead, album, finetune, images
+from vlmtune import DatasetError, MultimodalCollator, ahead, album, doctor, finetune, images
 from vlmtune.ahead import threads
 from vlmtune.album import Album
 from vlmtune.data import Rows, find_bad_rows
@@ -173,6 +173,24 @@ def test_a_row_that_makes_no_messages_is_told_with_its_pictures_unread(files: li
     rows.content[1]["messages"] = []  # type: ignore[index]
     for check_images in (True, False):
         assert list(find_bad_rows(rows, check_images=check_images)) == [1]
+
+
+def test_wrong_rows_are_named_in_their_order_whatever_is_wrong(files: list[str]) -> None:
+    Path(files[0]).write_bytes(b"no picture")
+    rows = of_pictures(files[:3])
+    rows.content[1]["messages"] = []  # type: ignore[index]
+    assert list(find_bad_rows(rows)) == [0, 1]
+
+
+@pytest.mark.parametrize("begin", [finetune, doctor.examine])
+def test_what_checking_pictures_tells_is_not_looked_up_again(
+    recipe: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, begin: Callable[[Any], Any]
+) -> None:
+    asked: list[str] = []
+    for name in ("fingerprint", "image_size"):
+        monkeypatch.setattr(album, name, lambda source, name=name: (asked.append(name), getattr(images, name)(source))[1])
+    begin(recipe("qwen2_vl", vision_cache="memory", plan="off"))
+    assert asked == []
 
 
 def test_pixels_are_made_while_the_tower_has_others(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
