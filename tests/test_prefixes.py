@@ -272,6 +272,7 @@ def test_rows_of_a_picture_come_together_where_asked_and_learn_the_same(
     [
         ("qwen2_vl", {"lora.scope": "all", "train.gradient_checkpointing": True}),
         ("qwen2_vl", {"model.dtype": "bfloat16", "train.bf16": True}),
+        ("qwen2_vl", {"model.dtype": "bfloat16", "train.bf16": True, "lora.scope": "all"}),
         ("pixtral", {"lora.scope": "vision"}),
         ("smolvlm", {"lora.scope": "all"}),
     ],

@@ -77,7 +77,9 @@ class Trainer(SFTTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         called: Any = model
-        inputs = kept_apart(model, self._family.model_inputs(with_features(model, self._family, inputs)))
+        with self.accelerator.autocast():  # as in the model's forward, before which the tower sees these pictures
+            inputs = with_features(model, self._family, inputs)
+        inputs = kept_apart(model, self._family.model_inputs(inputs))
         if not self.args.label_smoothing_factor:  # which wants all logits
             inputs = self._head.choose(inputs, self._multiple)
             called = model if has_kernels(self.args.device) else self._head.scoring(model)
