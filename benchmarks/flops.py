@@ -21,7 +21,8 @@ What to keep in mind:
   square, which only a batch without a padding mask can use; that gain of packing is not in these numbers.
 * Pixtral's tower in transformers runs all pictures of a batch as one sequence under a block mask and pays for the whole
   square. vlmtune is counted with one picture at a time.
-* Mllama's processor pads every picture to four tiles, and tower and cross-attention pay for all four, in every stack.
+* Mllama's processor pads every picture to four tiles, and cross-attention pays for all four in every stack, the tower in the
+  others': vlmtune's sees the picture's tile and one of the three empty ones, which are alike (`vlmtune.families.tiles`).
 * A pack is counted row by row, so that packs of one row cost together what one pack of four does: where a card holds a
   single row without checkpointing, the figures without checkpointing are the right ones.
 * `tutorial` is its script's full logits under today's transformers, which hooks the tower. In 2024 nothing did (117 TFLOP in
@@ -63,6 +64,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from vlmtune.batch import IGNORE
+from vlmtune.families.tiles import distinct_states, entering
 from vlmtune.head import Head
 from vlmtune.planner.ledger import FORMULAS, Outline
 from vlmtune.planner.published import published_config
@@ -190,6 +192,10 @@ class Model:
     def pixels(self, grid: int, pictures: int, device: str) -> dict[str, Tensor]:
         raise NotImplementedError
 
+    def encode_ours(self, model: Any, pixels: dict[str, Tensor]) -> Tensor:
+        """As vlmtune does it, where that is less."""
+        return self.encode(model, pixels)
+
     def encode(self, model: Any, pixels: dict[str, Tensor]) -> Tensor:
         """Tower and projector."""
         return torch.cat(tuple(model.model.get_image_features(**pixels).pooler_output))  # [tokens, hidden]
@@ -237,6 +243,13 @@ class Mllama(Model):
     def encode(self, model: Any, pixels: dict[str, Tensor]) -> Tensor:
         states = model.model.vision_model(**pixels).last_hidden_state
         return model.model.multi_modal_projector(states).flatten(0, 2)  # [tiles, patches, hidden]
+
+    def encode_ours(self, model: Any, pixels: dict[str, Tensor]) -> Tensor:
+        tower, found = model.model.vision_model, []
+        for tiles, ratio in zip(pixels["pixel_values"][:, 0], pixels["aspect_ratio_ids"], strict=True):
+            states, late = entering(tower, tiles, ratio[None])
+            found.append(distinct_states(tower, states[:2], late[:2], empty=3))
+        return model.model.multi_modal_projector(torch.stack(found)).flatten(0, 1)
 
     def see(self, features: Tensor) -> dict[str, Any]:
         return {"cross_attention_states": features}
@@ -298,12 +311,12 @@ def parameters(model: Model) -> int:
 
 
 @cache
-def vision(model: Model, grid: int, pictures: int, *, gradients: bool, device: str = "meta") -> int:
+def vision(model: Model, grid: int, pictures: int, *, gradients: bool, device: str = "meta", ours: bool = False) -> int:
     """Tower and projector. With gradients as transformers' and TRL's hooks make it: checkpointed where the layers can be."""
     built = build(model, device=device, checkpointing=int(gradients), hooks=gradients)
     pixels = model.pixels(grid, pictures, device)
     with Count() as count, torch.set_grad_enabled(gradients):
-        features = model.encode(built, pixels)
+        features = (model.encode_ours if ours else model.encode)(built, pixels)
         if gradients:
             torch.autograd.backward(features, torch.ones_like(features))
     return count.flops
@@ -438,7 +451,7 @@ def step(
         positions = sum(ANSWER if answers_only else length - 1 for length in text)
     at_once = 1 if stack.packed else len(text)
     return Step(
-        vision=len(text) // at_once * vision(model, grid, at_once, gradients=stack.hooks, device=device),
+        vision=len(text) // at_once * vision(model, grid, at_once, gradients=stack.hooks, device=device, ours=stack.cached),
         language=language(
             model,
             grid,

@@ -74,7 +74,7 @@ class MultimodalCollator:
         self.pad_to_multiple_of = pad_to_multiple_of
         self.features: FeatureStore | None = None
         self.album = Album()
-        self._picture_tokens: dict[tuple[int, int], int] = {}  # width, height → tokens
+        self._told: dict[tuple[int, int], tuple[int, int]] = {}  # width, height → tokens, and how long its features are
         self._counters: dict[bool, TokenCounter] = {}
         self._sizes_only: dict[bool, Any] = {}  # processors without pixels: for plain texts, and for escaped ones
         self._template_faults: dict[int, str] = {}  # a conversation with tools or reasoning → what the template makes of it
@@ -135,12 +135,20 @@ class MultimodalCollator:
 
     def picture_tokens(self, source: Any) -> int:
         """How many tokens stand for a picture, told from its size."""
+        return self._told_from_size(source)[0]
+
+    def feature_length(self, source: Any) -> int:
+        """`Family.feature_length` of a picture, told from its size."""
+        return self._told_from_size(source)[1]
+
+    def _told_from_size(self, source: Any) -> tuple[int, int]:
         size = self.album.size(source)
-        if size not in self._picture_tokens:
-            ids = self._encode([_alone(source)], pixels=False)["input_ids"]
+        if size not in self._told:
+            batch = self._encode([_alone(source)], pixels=False)
             placeholder = self.tokenizer.convert_tokens_to_ids(self.processor.image_token)
-            self._picture_tokens[size] = int((ids == placeholder).sum())
-        return self._picture_tokens[size]
+            tokens = int((batch["input_ids"] == placeholder).sum())
+            self._told[size] = tokens, self.family.feature_length(batch, tokens)
+        return self._told[size]
 
     def shown(self, row: Row) -> tuple[str, ...]:
         """The fingerprints of a row's pictures, in order. Videos have none: a row's are like no other row's."""

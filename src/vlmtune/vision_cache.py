@@ -212,14 +212,14 @@ def _directory(section: VisionCacheSection, model: PeftModel, collator: Multimod
 
 
 def _size(tower: _Tower, found: _Pictures) -> int:
-    """Bytes of the features of all pictures, told from one that is known and from the tokens of the others.
+    """Bytes of the features of all pictures, told from one that is known and from the lengths of the others.
 
     Of more than `SAMPLED` pictures, so many are asked: each size that is new takes a call of the processor.
     """
     asked = [found[found.key(number)] for number in spread(range(len(found)), SAMPLED)]
     first = _source(asked[0])
-    per_token = tower.known([first])[0].nbytes / max(tower.collator.picture_tokens(first), 1)
-    return round(per_token * sum(tower.collator.picture_tokens(_source(place)) for place in asked) * len(found) / len(asked))
+    each = tower.known([first])[0].nbytes / max(tower.collator.feature_length(first), 1)
+    return round(each * sum(tower.collator.feature_length(_source(place)) for place in asked) * len(found) / len(asked))
 
 
 def _budgets(section: VisionCacheSection, directory: Path, world: int) -> dict[str, int]:

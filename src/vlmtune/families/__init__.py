@@ -118,6 +118,16 @@ class Family:
         inputs = {name: batch[name] for name in known if name in batch}
         return list(core.get_image_features(**inputs, return_dict=True).pooler_output)
 
+    def feature_length(self, batch: Mapping[str, Any], tokens: int) -> int:
+        """How long a picture's features are, told without its pixels; their bytes grow with it.
+
+        Args:
+            batch: of the picture alone, all but its pixels.
+            tokens: that stand for it.
+
+        """
+        return tokens
+
     def join_features(self, batch: Mapping[str, Any], features: Sequence[Tensor]) -> Tensor:
         """Features of all pictures of a padded batch as the tensor `image_features` that goes in place of their pixels."""
         return torch.cat(list(features))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlmtune.attention import Sight
 from vlmtune.families import Family
+from vlmtune.families.tiles import picture_states
 from vlmtune.sizes import as_tensors
 
 OF_PICTURES = {"pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "image_features"}  # [batch, pictures, ...]
@@ -85,19 +86,25 @@ class Mllama(Family):
         return {**packed, "sights": sights, "tiles": sum(counts) * tiles}
 
     def encode(self, core: Any, batch: Mapping[str, Any]) -> list[Tensor]:
-        """`[tiles, patches, hidden]` each. Tiles that only fill up are in: tokens before the picture see them too."""
-        vision = {name: batch[name] for name in OF_PICTURES & batch.keys()}
-        states = core.multi_modal_projector(core.vision_model(**vision).last_hidden_state)
-        return list(states[batch["aspect_ratio_ids"] > 0])
+        """`[tiles, patches, hidden]` each, of which the last stands for all empty ones: tokens before the picture see them."""
+        there = batch["aspect_ratio_ids"] > 0
+        of_pictures = (batch[name][there] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"))
+        return [core.multi_modal_projector(picture_states(core.vision_model, *each)) for each in zip(*of_pictures, strict=True)]
+
+    def feature_length(self, batch: Mapping[str, Any], tokens: int) -> int:
+        """In tiles, as `picture_states` leaves them where the empty ones are alike."""
+        mask = batch["aspect_ratio_mask"]
+        return min(int(mask.sum()) + 1, mask.shape[-1])
 
     def join_features(self, batch: Mapping[str, Any], features: Sequence[Tensor]) -> Tensor:
         """`[batch, pictures, tiles, patches, hidden]`, zeros where a row has fewer pictures than another."""
         there = batch["aspect_ratio_ids"] > 0
-        if there.all():  # tens of megabytes each: copied once
-            return torch.stack(list(features)).unflatten(0, there.shape)
-        joined = features[0].new_zeros(*there.shape, *features[0].shape)
-        joined[there] = torch.stack(list(features))
-        return joined
+        tiles = batch["aspect_ratio_mask"].shape[-1]
+        joined = features[0].new_zeros(there.numel(), tiles, *features[0].shape[1:])  # tens of megabytes each: copied once
+        for number, feature in zip(there.flatten().nonzero().flatten().tolist(), features, strict=True):
+            joined[number, : len(feature)] = feature
+            joined[number, len(feature) :] = feature[-1]
+        return joined.unflatten(0, there.shape)
 
     def model_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         if "image_features" not in batch:
@@ -147,5 +154,5 @@ FAMILY = Mllama(
     image_tokens=("image_token",),
     language_module="language_model",
     frozen_modules=("vision_model", "multi_modal_projector"),
-    pictures_at_once=2,  # 6404 patches each, of which it keeps what every layer makes: 1.7 GiB a picture
+    pictures_at_once=2,  # they go through it one by one anyway
 )
