@@ -37,7 +37,7 @@ def picture_states(tower: Any, pixels: Tensor, ratio: Tensor, mask: Tensor) -> T
 
 def entering(tower: Any, pixels: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
     """`[tiles, patches, hidden]` for the first layer, and `[tiles, 1, hidden]`, what is added before the global layers."""
-    patches = tower.patch_embedding(pixels.to(tower.dtype)).flatten(2).transpose(1, 2)
+    patches = tower.patch_embedding(pixels.to(tower.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
     states = tower.apply_class_embedding(tower.pre_tile_positional_embedding(patches[None], ratio)[0])
     states = tower.layernorm_pre(tower.gated_positional_embedding(states[None], ratio)[0])
     return states, tower.post_tile_positional_embedding(states.new_zeros(1, len(states), 1, states.shape[-1]), ratio)[0]
