@@ -29,6 +29,7 @@ from vlmtune.collator import MultimodalCollator
 from vlmtune.console import console
 from vlmtune.data import load_data
 from vlmtune.families import Family, find_family
+from vlmtune.features import FeatureStore
 from vlmtune.model import load_config, load_processor
 from vlmtune.recipe import DataSection
 from vlmtune.result import Run
@@ -193,6 +194,25 @@ def test_each_picture_is_encoded_once_and_by_a_second_run_never(
     assert said().startswith("disk: 8 pictures, 8 known before, ")
     assert losses(second) == losses(first)
     assert len(list(directory.iterdir())) == 1
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "mllama"])
+def test_the_size_of_all_features_is_told_from_those_of_one_picture(
+    recipe: MakeRecipe, cache: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    for number, size in enumerate([(28, 28), (56, 28), (56, 56), (28, 112), (28, 56)]):  # of 1, 2, 4, 4 and 2 tiles
+        Image.new("RGB", size, (40 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        parts = [{"type": "image", "image": f"{number}.png"}, {"type": "text", "text": "What?"}]
+        answer = {"role": "assistant", "content": f"It is {number}."}
+        lines.append(json.dumps({"messages": [{"role": "user", "content": parts}, answer]}))
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    told: list[int] = []
+    size_of = vision_cache._size
+    monkeypatch.setattr(vision_cache, "_size", lambda *given: told.append(size_of(*given)) or told[-1])
+    finetune(recipe(kind, data={"source": str(tmp_path / "rows.jsonl"), "format": "openai"}, vision_cache=on_disk(cache)))
+    (directory,) = cache.iterdir()
+    assert told == [FeatureStore(directory).nbytes]
 
 
 def test_a_picture_that_stands_in_many_rows_is_encoded_once(recipe: MakeRecipe, colours: Path, tmp_path: Path) -> None:
