@@ -78,8 +78,10 @@ class OneModel(ModelManager):
             "max_model_len": served.contract.context,  # under vLLM's name
         }
 
-    def get_gen_models(self) -> list[dict[str, Any]]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def list_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
         return [self._entry]
+
+    get_gen_models = list_models  # pyright: ignore  (its name in transformers 5.23, where it is a static method)
 
 
 class Answering:
